@@ -1,0 +1,152 @@
+"""Recipe: everything a quantization run depends on. Every default stands here, once; command-line flags are its fields.
+
+`targets` maps a width to its weight lam_r in sum_r lam_r loss_r, in units of the squared parent step. {8: 100, 4: 4, 3: 2, 2: 1}
+is the default because lam_8 is the knob between the high and the low widths (docs/RESULTS.md); {8: 1} is the classic method.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from matquant.codes import Grid, Slicing, check_rule
+from matquant.errors import RecipeError, choices
+from matquant.plan import SCALE_BITS, Layout
+
+Feedback = Literal["per-width", "mean"]
+METHOD_NAMES = ("minmax", "gptq")
+
+
+def _targets() -> dict[int, float]:
+    return {8: 100.0, 4: 4.0, 3: 2.0, 2: 1.0}
+
+
+def _help(text: str, **kwargs: Any) -> Any:
+    return field(metadata={"help": text}, **kwargs)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    method: str = _help("how codes are chosen: gptq, or minmax (round to nearest, no calibration)", default="gptq")
+    bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
+    targets: Mapping[int, float] = _help("widths that are optimised and the weight of each, for instance 8:100,4:4,3:2,2:1", default_factory=_targets)
+    parent_bits: int = _help("stored width of a code", default=8)
+    group_size: int = _help("input channels that share a scale; -1 = the whole row", default=64)
+    symmetric: bool = _help("zero fixed at the middle of the grid, not stored", default=True)
+    overlap: bool = _help("residual cells overlap above 4 bits (docs/FORMAT.md)", default=False)
+    slicing: Slicing = _help("how r bits are taken from a code: floor, round or round-overflow", default="floor")
+    scale_dtype: str = _help("storage of scales, zeros and offsets: float16, bfloat16 or float32", default="float16")
+    refit_bits: int = _help("widths up to this one get a scale and offset of their own; 0 = none", default=4)
+    clip_search: bool = _help("search the range of each group instead of spanning the largest weight", default=True)
+    act_order: bool = _help("visit input channels in order of descending activation power", default=True)
+    static_groups: bool = _help("fix scales before the first code is chosen; off = when the group is reached, as the papers do", default=True)
+    feedback: Feedback = _help("error feedback of gptq: per-width, or mean (MatGPTQ's rule)", default="per-width")
+    damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)
+    skip: tuple[str, ...] = _help("shell-style patterns of module names to leave unquantized", default=())
+    calibration: str = _help("FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT], or self (text sampled from the model)", default="self")
+    num_samples: int = _help("calibration sequences", default=32)
+    seq_len: int = _help("tokens of a calibration or evaluation sequence", default=512)
+    eval_samples: int = _help("sequences held out of the calibration text for the report; 0 = no report of quality", default=8)
+    seed: int = _help("of the choice of sequences and of sampling", default=0)
+
+    def __post_init__(self) -> None:
+        self._check_widths()
+        self._check_choice("method", METHOD_NAMES)
+        self._check_choice("scale_dtype", SCALE_BITS)
+        self._check_choice("feedback", get_args(Feedback))
+        for name, low in {"num_samples": 1, "seq_len": 2, "eval_samples": 0, "refit_bits": 0}.items():
+            if getattr(self, name) < low:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        if not 0 < self.damping < float("inf"):
+            raise RecipeError(f"damping is {self.damping}; it must be a positive number, for instance 0.01")
+        if self.act_order and not self.static_groups:
+            raise RecipeError("act_order needs static_groups: groups reached in another order would have no fixed members; switch one of them")
+        if self.clip_search and not self.static_groups:
+            raise RecipeError("clip_search needs static_groups: it searches before the first code is chosen; switch clip_search off")
+
+    def _check_choice(self, name: str, allowed: Any) -> None:
+        if getattr(self, name) not in allowed:
+            raise RecipeError(f"{name} is {getattr(self, name)!r}; {choices(getattr(self, name), allowed)}")
+
+    def _check_widths(self) -> None:
+        if not self.bits or len(set(self.bits)) != len(self.bits):
+            raise RecipeError(f"bits is {list(self.bits)}; give each read width once, for instance 8,6,4,3,2")
+        if not self.targets:
+            raise RecipeError("targets is empty; give at least one width and its weight, for instance 8:1")
+        for width in (*self.bits, *self.targets):
+            check_rule(width, self.grid, self.slicing)
+        for width, lam in self.targets.items():
+            if not 0 < lam < float("inf"):
+                raise RecipeError(f"targets gives {width} bits the weight {lam}; weights must be positive")
+        object.__setattr__(self, "bits", tuple(sorted(self.bits, reverse=True)))
+        object.__setattr__(self, "targets", {r: float(self.targets[r]) for r in sorted(self.targets, reverse=True)})
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.parent_bits, self.group_size, self.symmetric, self.overlap)
+
+    @property
+    def layout(self) -> Layout:
+        refits = tuple(r for r in self.bits if r <= self.refit_bits)
+        return Layout(self.grid, self.slicing, self.bits, refits, self.scale_dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` reads it back to an equal recipe."""
+        data = asdict(self)
+        data["targets"] = {str(r): lam for r, lam in self.targets.items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "Recipe":
+        """Raises RecipeError for unknown names, wrong types or values outside what is allowed."""
+        known = {f.name: f for f in fields(Recipe)}
+        for name in data:
+            if name not in known:
+                raise RecipeError(f"a recipe has no setting {name!r}; {choices(name, known)}")
+        default = Recipe()
+        return Recipe(**{name: _coerce(name, value, getattr(default, name)) for name, value in data.items()})
+
+    @staticmethod
+    def load(path: Path) -> "Recipe":
+        """Read a YAML or JSON recipe. Raises RecipeError."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"the recipe {path} must map settings to values, such as `group_size: 64`")
+        return Recipe.from_dict(data)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Lines `name: ours -> theirs` for every setting that differs."""
+        ours, theirs = self.to_dict(), other.to_dict()
+        return [f"{name}: {ours[name]} -> {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+
+
+def _coerce(name: str, value: Any, like: Any) -> Any:
+    """`value` from JSON or YAML as the type of the field's default `like`."""
+    try:
+        if isinstance(like, bool):
+            if not isinstance(value, bool):
+                raise ValueError("true or false")
+            return value
+        if isinstance(like, Mapping):
+            return {int(width): float(lam) for width, lam in dict(value).items()}
+        if isinstance(like, tuple):
+            if isinstance(value, str):
+                raise ValueError("a list")
+            return tuple(int(v) if name == "bits" else str(v) for v in value)
+        if isinstance(value, bool) or (isinstance(like, int) and isinstance(value, float) and value != int(value)):
+            raise ValueError(f"a {type(like).__name__}")
+        return type(like)(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{name} is {value!r}; it must look like {like!r} ({error})") from None

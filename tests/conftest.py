@@ -1,0 +1,78 @@
+"""Shared fixtures: a byte-level tokenizer and tiny random models of many architectures, built on the spot.
+
+Real small models and texts live outside the repository; MATQUANT_DATA (default ../shared/data) says where. Tests that need
+them take the `data` fixture and are skipped, with the reason, where the folder is missing.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("MATQUANT_DATA", REPO.parent / "shared" / "data"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Folder of real models and texts; skips where it is not at hand."""
+    if not DATA.is_dir():
+        pytest.skip(f"needs real models and texts in {DATA} (set MATQUANT_DATA)")
+    return DATA
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer of 256 bytes and <s>, </s> (ids 256, 257), saved as a Hugging Face tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {"<s>": 256, "</s>": 257}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+SMALL = dict(vocab_size=258, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=128, bos_token_id=256, eos_token_id=257, pad_token_id=257)  # fmt: skip
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", SMALL),
+    "llama-tied": ("LlamaConfig", SMALL | {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", SMALL | {"sliding_window": 32}),
+    "qwen2": ("Qwen2Config", SMALL),
+    "qwen3": ("Qwen3Config", SMALL | {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", SMALL | {"head_dim": 16, "sliding_window": 32}),
+    "gemma3": ("Gemma3TextConfig", SMALL | {"head_dim": 16, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}),
+    "phi": ("PhiConfig", SMALL),
+    "phi3": ("Phi3Config", SMALL),
+    "opt": ("OPTConfig", dict(vocab_size=258, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64,
+                              max_position_embeddings=128, bos_token_id=256, eos_token_id=257, pad_token_id=257)),
+    "gpt2": ("GPT2Config", dict(vocab_size=258, n_embd=64, n_inner=96, n_layer=2, n_head=4, n_positions=128, bos_token_id=256, eos_token_id=257, pad_token_id=257)),
+    "mixtral": ("MixtralConfig", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny("llama") -> folder of a saved 2-layer random model with tokenizer (hidden 64, intermediate 96, vocabulary 258)."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            import transformers
+
+            config_class, arguments = ARCHITECTURES[name]
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**arguments))
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder)
+            save_byte_tokenizer(folder)
+            made[name] = folder
+        return made[name]
+
+    return make
