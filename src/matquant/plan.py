@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from matquant.codes import WIDTHS, Grid, Slicing
 from matquant.errors import PlanError, choices
@@ -96,18 +96,20 @@ class BitPlan:
         try:
             data: Any = json.loads(text, object_pairs_hook=_no_duplicates)
         except json.JSONDecodeError as error:
-            raise PlanError(f"{source}, line {error.lineno}: {error.msg}; a plan is JSON such as {{\"default\": 4, \"layers\": {{}}}}") from None
+            raise PlanError(f'{source}, line {error.lineno}: {error.msg}; a plan is JSON such as {{"default": 4, "layers": {{}}}}') from None
         except RecursionError:
             raise PlanError(f"{source} is nested too deeply to be a plan") from None
-        if not isinstance(data, dict) or not set(data) <= {"default", "layers"} or "default" not in data:
+        if not isinstance(data, dict) or not {"default"} <= data.keys() <= {"default", "layers"}:
             raise PlanError(f'{source} must be an object with "default" and, if wanted, "layers"')
-        layers = data.get("layers", {})
+        members = cast(dict[str, Any], data)
+        layers = members.get("layers", {})
         if not isinstance(layers, dict):
             raise PlanError(f'{source}: "layers" must map layer names to bits')
-        for name, bits in [("default", data["default"]), *layers.items()]:
+        overrides = cast(dict[str, Any], layers)
+        for name, bits in [("default", members["default"]), *overrides.items()]:
             if type(bits) is not int or bits not in WIDTHS:
                 raise PlanError(f"{source}, line {_line_of(text, name)}: {name!r} has bits {json.dumps(bits)}; allowed: whole numbers from 2 to 8")
-        return BitPlan(data["default"], layers)
+        return BitPlan(members["default"], overrides)
 
     @staticmethod
     def load(path: Path) -> "BitPlan":

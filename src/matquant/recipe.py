@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import yaml
 
@@ -96,9 +96,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back to an equal recipe."""
-        data = asdict(self)
-        data["targets"] = {str(r): lam for r, lam in self.targets.items()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
+        targets = {str(r): lam for r, lam in self.targets.items()}
+        return asdict(self) | {"bits": list(self.bits), "targets": targets, "skip": list(self.skip)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Recipe":
@@ -119,7 +118,7 @@ class Recipe:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"the recipe {path} must map settings to values, such as `group_size: 64`")
-        return Recipe.from_dict(data)
+        return Recipe.from_dict(cast(dict[str, Any], data))
 
     @property
     def hash(self) -> str:
@@ -145,7 +144,7 @@ def _coerce(name: str, value: Any, like: Any) -> Any:
             if isinstance(value, str):
                 raise ValueError("a list")
             return tuple(int(v) if name == "bits" else str(v) for v in value)
-        if isinstance(value, bool) or (isinstance(like, int) and isinstance(value, float) and value != int(value)):
+        if isinstance(value, bool) or (isinstance(like, int) and isinstance(value, float) and not value.is_integer()):
             raise ValueError(f"a {type(like).__name__}")
         return type(like)(value)
     except (TypeError, ValueError) as error:
