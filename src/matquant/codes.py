@@ -83,7 +83,7 @@ class ReadRule(NamedTuple):
     shift: float
 
 
-def check_rule(bits: int, grid: Grid, slicing: Slicing) -> None:
+def check_rule(bits: int, grid: Grid, slicing: str) -> None:
     """Raise RecipeError unless `bits` can be read from `grid` under `slicing`."""
     if slicing not in SLICINGS:
         raise RecipeError(f"slicing is {slicing!r}; {choices(slicing, SLICINGS)}")

@@ -19,7 +19,7 @@ assert sys.byteorder == "little", "the byte-lane trick below assumes a little-en
 def pack_planes(codes: UInt8[Tensor, "out in"], bits: int) -> UInt8[Tensor, "bits out bytes"]:
     """Split `bits`-wide codes into `bits` planes of ceil(in / 8) bytes a row."""
     rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % 8)).reshape(rows, -1, 8)
+    padded = torch.nn.functional.pad(codes, (0, -columns % 8)).reshape(rows, -(-columns // 8), 8)
     place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
     planes = [(((padded >> (bits - 1 - i)) & 1) * place).sum(-1, dtype=torch.uint8) for i in range(bits)]
     return torch.stack(planes)

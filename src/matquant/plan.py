@@ -97,8 +97,8 @@ class BitPlan:
             data: Any = json.loads(text, object_pairs_hook=_no_duplicates)
         except json.JSONDecodeError as error:
             raise PlanError(f'{source}, line {error.lineno}: {error.msg}; a plan is JSON such as {{"default": 4, "layers": {{}}}}') from None
-        except RecursionError:
-            raise PlanError(f"{source} is nested too deeply to be a plan") from None
+        except (RecursionError, ValueError):
+            raise PlanError(f"{source} is nested too deeply, or holds a number too long, to be a plan") from None
         if not isinstance(data, dict) or not {"default"} <= data.keys() <= {"default", "layers"}:
             raise PlanError(f'{source} must be an object with "default" and, if wanted, "layers"')
         members = cast(dict[str, Any], data)
@@ -108,7 +108,8 @@ class BitPlan:
         overrides = cast(dict[str, Any], layers)
         for name, bits in [("default", members["default"]), *overrides.items()]:
             if type(bits) is not int or bits not in WIDTHS:
-                raise PlanError(f"{source}, line {_line_of(text, name)}: {name!r} has bits {json.dumps(bits)}; allowed: whole numbers from 2 to 8")
+                shown = "that are no number" if isinstance(bits, (list, dict)) else json.dumps(bits)
+                raise PlanError(f"{source}, line {_line_of(text, name)}: {name!r} has bits {shown}; allowed: whole numbers from 2 to 8")
         return BitPlan(members["default"], overrides)
 
     @staticmethod
@@ -116,7 +117,7 @@ class BitPlan:
         """Read a plan file. Raises PlanError."""
         try:
             return BitPlan.from_json(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}; give a JSON file") from None
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args, no_type_check
 
 import yaml
 
@@ -29,6 +29,7 @@ def _help(text: str, **kwargs: Any) -> Any:
     return field(metadata={"help": text}, **kwargs)
 
 
+@no_type_check  # for checkers at run time, as under pytest: it refuses bad values itself, in words
 @dataclass(frozen=True)
 class Recipe:
     method: str = _help("how codes are chosen: gptq, or minmax (round to nearest, no calibration)", default="gptq")
@@ -58,9 +59,11 @@ class Recipe:
         self._check_choice("method", METHOD_NAMES)
         self._check_choice("scale_dtype", SCALE_BITS)
         self._check_choice("feedback", get_args(Feedback))
-        for name, low in {"num_samples": 1, "seq_len": 2, "eval_samples": 0, "refit_bits": 0}.items():
+        for name, low in {"num_samples": 1, "seq_len": 2, "eval_samples": 0, "refit_bits": 0, "seed": 0}.items():
             if getattr(self, name) < low:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.seed >= 2**63:
+            raise RecipeError(f"seed is {self.seed}; it must be below 2^63")
         if not 0 < self.damping < float("inf"):
             raise RecipeError(f"damping is {self.damping}; it must be a positive number, for instance 0.01")
         if self.act_order and not self.static_groups:
@@ -114,7 +117,7 @@ class Recipe:
         """Read a YAML or JSON recipe. Raises RecipeError."""
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2020-13-45
             raise RecipeError(f"cannot read the recipe {path}: {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"the recipe {path} must map settings to values, such as `group_size: 64`")
@@ -134,18 +137,33 @@ class Recipe:
 def _coerce(name: str, value: Any, like: Any) -> Any:
     """`value` from JSON or YAML as the type of the field's default `like`."""
     try:
+        if isinstance(like, Mapping):
+            return {_whole(width): float(lam) for width, lam in dict(value).items()}
+        if isinstance(like, tuple):
+            if not isinstance(value, (list, tuple)):
+                raise ValueError("a list")
+            return tuple(_whole(v) if name == "bits" else _text(v) for v in cast("list[Any]", value))
         if isinstance(like, bool):
             if not isinstance(value, bool):
                 raise ValueError("true or false")
             return value
-        if isinstance(like, Mapping):
-            return {int(width): float(lam) for width, lam in dict(value).items()}
-        if isinstance(like, tuple):
-            if isinstance(value, str):
-                raise ValueError("a list")
-            return tuple(int(v) if name == "bits" else str(v) for v in value)
-        if isinstance(value, bool) or (isinstance(like, int) and isinstance(value, float) and not value.is_integer()):
-            raise ValueError(f"a {type(like).__name__}")
-        return type(like)(value)
-    except (TypeError, ValueError) as error:
+        if isinstance(like, int):
+            return _whole(value)
+        if isinstance(like, float) and isinstance(value, bool):
+            raise ValueError("a number")
+        return float(value) if isinstance(like, float) else _text(value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{name} is {value!r}; it must look like {like!r} ({error})") from None
+
+
+def _whole(value: Any) -> int:
+    number = int(value)
+    if isinstance(value, bool) or (isinstance(value, float) and value != number):
+        raise ValueError("a whole number")
+    return number
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value

@@ -1,0 +1,337 @@
+"""The integer arithmetic against the golden table, and against loops over every code."""
+
+import json
+import math
+import runpy
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from matquant.codes import (
+    SLICINGS,
+    CodeChooser,
+    Grid,
+    Slicing,
+    check_rule,
+    fit_grid,
+    levels,
+    nearest_code,
+    planes_needed,
+    read_affine,
+    read_rule,
+    slice_codes,
+    snap,
+)
+from matquant.errors import RecipeError
+
+GOLDEN = Path(__file__).parent / "golden"
+TABLE: list[dict[str, Any]] = json.loads((GOLDEN / "codes.json").read_text())
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+relaxed = settings(deadline=None, max_examples=60)
+
+
+def grid_of(entry: dict[str, Any]) -> Grid:
+    return Grid(entry["parent"], overlap=entry["overlap"])
+
+
+def named(entry: dict[str, Any]) -> str:
+    return f"{entry['parent']}to{entry['bits']}-{entry['slicing']}{'-overlap' * entry['overlap']}"
+
+
+def all_codes(grid: Grid) -> Tensor:
+    return torch.arange(2**grid.bits, dtype=torch.uint8)
+
+
+@st.composite
+def rules(draw: st.DrawFn, min_parent: int = 2) -> tuple[Grid, Slicing]:
+    overlap = draw(st.booleans())
+    if overlap:
+        return Grid(8, overlap=True), "floor"
+    return Grid(draw(st.integers(min_parent, 8))), draw(st.sampled_from(SLICINGS))
+
+
+# --- the golden table -----------------------------------------------------------------------------------------------
+
+
+def test_golden_file_is_what_its_script_writes() -> None:
+    script = runpy.run_path(str(GOLDEN / "make.py"))
+    assert (GOLDEN / "codes.json").read_text() == script["text"]()
+
+
+def test_golden_table_is_complete() -> None:
+    expected = {(c, r, s, False) for c in range(2, 9) for r in range(2, c + 1) for s in SLICINGS} | {(8, r, "floor", True) for r in range(2, 9)}
+    assert {(e["parent"], e["bits"], e["slicing"], e["overlap"]) for e in TABLE} == expected
+    assert len(TABLE) == len(expected)
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=named)
+def test_codes_equal_the_golden_table(entry: dict[str, Any]) -> None:
+    grid, bits, slicing = grid_of(entry), entry["bits"], entry["slicing"]
+    codes = all_codes(grid)
+    sliced = slice_codes(codes, bits, grid, slicing)
+    assert sliced.dtype == torch.uint8
+    assert sliced.tolist() == entry["codes"]
+    assert (2 * levels(bits, grid, slicing)).tolist() == entry["twice"]
+    step, shift = read_rule(bits, grid, slicing)
+    assert [2 * (step * p + shift) for p in entry["codes"]] == entry["twice"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("entry", [e for e in TABLE if e["parent"] in (3, 8)], ids=named)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_read_is_affine(entry: dict[str, Any], dtype: torch.dtype, symmetric: bool) -> None:
+    """scale p + offset equals s (value - z) in exact rational arithmetic, for scales in either 16-bit type."""
+    grid = Grid(entry["parent"], symmetric=symmetric, overlap=entry["overlap"])
+    scale = snap(torch.tensor([[0.0117, 3e-6, 1.0, 411.0]]), dtype)
+    zero = None if symmetric else torch.tensor([[0.0, 1.0, 2.0, float(grid.max_code)]])
+    scale_r, offset_r = read_affine(scale, zero, entry["bits"], grid, entry["slicing"])
+    for g in range(4):
+        z = Fraction(grid.center) if zero is None else Fraction(zero[0, g].item())
+        for p, twice in zip(entry["codes"], entry["twice"], strict=True):
+            exact = Fraction(scale[0, g].item()) * (Fraction(twice, 2) - z)
+            read = Fraction(scale_r[0, g].item()) * p + Fraction(offset_r[0, g].item())
+            tolerance = 0 if dtype != torch.float32 else Fraction(scale[0, g].item()) / 2**14
+            assert abs(read - exact) <= tolerance
+
+
+@pytest.mark.parametrize("entry", [e for e in TABLE if e["bits"] == e["parent"]], ids=named)
+def test_a_symmetric_full_width_read_has_an_integer_zero(entry: dict[str, Any]) -> None:
+    grid = grid_of(entry)
+    scale = torch.ones(1, 1)
+    scale_r, offset_r = read_affine(scale, None, grid.bits, grid, entry["slicing"])
+    zero = -offset_r / scale_r
+    if entry["overlap"]:
+        return  # p is not the code there; the next test says what overlap promises
+    assert zero.item() == grid.center == 2 ** (grid.bits - 1)
+    assert 0.0 in (levels(grid.bits, grid, entry["slicing"]) - grid.center).tolist()
+
+
+def test_overlap_doubles_the_residual_step_and_keeps_the_low_widths() -> None:
+    plain, overlap = Grid(8), Grid(8, overlap=True)
+    for bits in (2, 3, 4):
+        assert levels(bits, plain, "floor").equal(levels(bits, overlap, "floor"))
+    wide = levels(8, overlap, "floor").reshape(16, 16)
+    assert (wide.diff(dim=1) == 2).all()
+    assert (wide.diff(dim=0) == 16).all()
+    assert wide[0, 0] == 7.5 - 15 and wide[15, 15] == 247.5 + 15
+
+
+# --- slicing --------------------------------------------------------------------------------------------------------
+
+
+@given(rules(), st.data())
+@relaxed
+def test_a_slice_touches_only_the_planes_it_says(rule: tuple[Grid, Slicing], data: st.DataObject) -> None:
+    grid, slicing = rule
+    bits = data.draw(st.integers(2, grid.bits))
+    need = planes_needed(bits, grid.bits, slicing)
+    assert need == (bits if slicing == "floor" else min(bits + 1, grid.bits))
+    noise = data.draw(st.integers(0, 2 ** (grid.bits - need) - 1))
+    codes = all_codes(grid)
+    held = (codes >> (grid.bits - need)) << (grid.bits - need)
+    assert slice_codes(held | noise, bits, grid, slicing).equal(slice_codes(codes, bits, grid, slicing))
+
+
+def test_round_needs_the_plane_after_its_own() -> None:
+    assert not slice_codes(torch.tensor([0, 8], dtype=torch.uint8), 4, Grid(8), "round").diff().eq(0).any()
+
+
+def test_rounding_is_half_up_and_not_to_even() -> None:
+    halves = torch.tensor([8, 24, 40, 56], dtype=torch.uint8)  # 0.5, 1.5, 2.5, 3.5 cells of 16
+    assert slice_codes(halves, 4, Grid(8), "round").tolist() == [1, 2, 3, 4]
+    assert nearest_code(torch.tensor([0.5, 1.5, 2.5, 3.5]), Grid(8)).tolist() == [1, 2, 3, 4]
+
+
+def test_rounding_starts_from_the_parent_code() -> None:
+    """8 -> 4 -> 2 differs from 8 -> 2 on 24 of 256 codes."""
+    codes = all_codes(Grid(8))
+    twice = slice_codes(slice_codes(codes, 4, Grid(8), "round"), 2, Grid(4), "round")
+    assert (twice != slice_codes(codes, 2, Grid(8), "round")).sum() == 24
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_uint8_does_not_wrap_at_the_top(bits: int) -> None:
+    top = torch.full((1,), 255, dtype=torch.uint8)
+    assert slice_codes(top, bits, Grid(8), "round").item() == 2**bits - 1
+    assert slice_codes(top, bits, Grid(8), "round-overflow").item() == 2**bits
+    assert slice_codes(top, 8, Grid(8, overlap=True), "floor").item() == 135
+
+
+def test_levels_hands_out_copies() -> None:
+    levels(4, Grid(8), "floor").zero_()
+    assert levels(4, Grid(8), "floor").sum() > 0
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 9}, "parent_bits is 9; allowed: 2 to 8"),
+        ({"bits": 1}, "parent_bits is 1"),
+        ({"group_size": 0}, "group_size is 0; allowed: a positive number"),
+        ({"group_size": -2}, "group_size is -2"),
+        ({"bits": 4, "overlap": True}, "overlap needs parent_bits 8, not 4"),
+    ],
+)
+def test_grid_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Grid(**arguments)
+
+
+def test_groups_must_divide_the_row() -> None:
+    assert Grid(group_size=-1).groups(48) == 1
+    assert Grid(group_size=16).groups(48) == 3
+    with pytest.raises(RecipeError, match="group_size 32 does not divide 48 input channels"):
+        Grid(group_size=32).groups(48)
+
+
+@pytest.mark.parametrize(
+    ("bits", "grid", "slicing", "message"),
+    [
+        (1, Grid(8), "floor", "cannot read 1 bits from a 8-bit parent; allowed: 2 to 8"),
+        (5, Grid(4), "floor", "cannot read 5 bits from a 4-bit parent; allowed: 2 to 4"),
+        (4, Grid(8), "rond", r"slicing is 'rond'; choose from floor, round, round-overflow \(did you mean round\?\)"),
+        (4, Grid(8, overlap=True), "round", "overlap needs slicing floor, not round"),
+    ],
+)
+def test_check_rule_refuses(bits: int, grid: Grid, slicing: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_rule(bits, grid, slicing)
+
+
+# --- fitting a grid -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, width=32, allow_nan=False), min_size=1, max_size=20), st.sampled_from(DTYPES))
+@relaxed
+def test_snap_is_positive_finite_storable_and_idempotent(values: list[float], dtype: torch.dtype) -> None:
+    once = snap(torch.tensor(values), dtype)
+    assert once.isfinite().all() and (once > 0).all()
+    assert once.to(dtype).float().equal(once)
+    assert snap(once, dtype).equal(once)
+
+
+def test_snap_handles_the_ends() -> None:
+    for dtype in DTYPES:
+        ends = snap(torch.tensor([0.0, 1e-45, float("inf"), 1e38]), dtype)
+        assert ends.isfinite().all() and (ends > 0).all()
+    assert snap(torch.tensor([0.1]), torch.float16).item() == torch.tensor(0.1).half().item()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_fit_grid_against_plain_python(bits: int, dtype: torch.dtype, symmetric: bool) -> None:
+    w = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(bits))
+    w[0, 0], w[0, 1], w[0, 2] = 0.0, w[0, 1].abs() + 1, -w[0, 2].abs() - 1  # all zero, all positive, all negative
+    grid = Grid(bits, symmetric=symmetric)
+    scale, zero = fit_grid(w, grid, dtype, shrink=0.9)
+    assert (zero is None) == symmetric
+    for o in range(3):
+        for g in range(5):
+            row = [0.9 * v for v in w[o, g].tolist()]
+            low, high = min(0.0, *row), max(0.0, *row)
+            wanted = 2 * max(map(abs, row)) / (2**bits - 1) if symmetric else (high - low) / (2**bits - 1)
+            got = scale[o, g].item()
+            assert got == pytest.approx(wanted, rel=torch.finfo(dtype).eps) or (wanted == 0 and 0 < got < 1e-7)
+            if zero is not None:
+                assert zero[o, g].item() == pytest.approx(min(max(math.floor(-low / got + 0.5), 0), 2**bits - 1), abs=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_fitted_grid_holds_every_weight_within_half_a_step(symmetric: bool) -> None:
+    grid = Grid(8, symmetric=symmetric)
+    w = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    scale, zero = fit_grid(w, grid, torch.float32)
+    z = grid.center if zero is None else zero[:, None]
+    codes = nearest_code(w / scale[:, None] + z, grid)
+    # a symmetric grid ends half a step beyond its largest weight on one side only, so that weight may be half a step off
+    assert ((scale[:, None] * (codes.float() - z) - w).abs() <= 0.5001 * scale[:, None]).all()
+
+
+# --- choosing codes -------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 8), st.lists(st.floats(-40, 300, width=32), min_size=1, max_size=30))
+@relaxed
+def test_nearest_code_is_the_nearest(bits: int, values: list[float]) -> None:
+    grid = Grid(bits)
+    for t, q in zip(values, nearest_code(torch.tensor(values), grid).tolist(), strict=True):
+        assert abs(t - q) <= min(abs(t - other) for other in range(2**bits)) + 1e-5
+
+
+@given(st.lists(st.floats(-40, 300, width=32), min_size=1, max_size=30))
+@relaxed
+def test_nearest_code_with_overlap_takes_the_cell_that_holds_the_value(values: list[float]) -> None:
+    grid = Grid(8, overlap=True)
+    reads = levels(8, grid, "floor").double()
+    for t, q in zip(values, nearest_code(torch.tensor(values), grid).tolist(), strict=True):
+        cell = min(max(math.floor((t + 0.5) / 16), 0), 15)
+        assert q // 16 == cell or abs((t + 0.5) / 16 - round((t + 0.5) / 16)) < 1e-5
+        inside = reads[16 * (q // 16) : 16 * (q // 16) + 16]
+        assert abs(reads[q] - t) <= (inside - t).abs().min() + 1e-4
+
+
+def brute_force(t: dict[int, float], targets: dict[int, float], grid: Grid, slicing: Slicing) -> list[float]:
+    """sum_r lam_r (t_r - levels_r[q])^2 of every code q, in float64."""
+    table = {r: levels(r, grid, slicing).double().tolist() for r in targets}
+    return [sum(lam * (t[r] - table[r][q]) ** 2 for r, lam in targets.items()) for q in range(2**grid.bits)]
+
+
+@given(rules(), st.data())
+@settings(deadline=None, max_examples=120)
+def test_chooser_equals_brute_force(rule: tuple[Grid, Slicing], data: st.DataObject) -> None:
+    grid, slicing = rule
+    widths = data.draw(st.lists(st.integers(2, grid.bits), min_size=1, unique=True))
+    targets = {r: data.draw(st.sampled_from([0.1, 1.0, 4.0, 100.0])) for r in widths}
+    chooser = CodeChooser.of(targets, grid, slicing)
+    assert set(targets) | {grid.bits} == set(chooser.streams)
+    seed = data.draw(st.integers(0, 2**20))
+    center = torch.rand(1, 7, generator=torch.Generator().manual_seed(seed)) * (grid.max_code + 20) - 10
+    t = center + 4 * torch.randn(len(chooser.streams), 7, generator=torch.Generator().manual_seed(seed + 1))
+    chosen = chooser.choose(t, chooser.tables(t.device)).tolist()
+    for n, q in enumerate(chosen):
+        of_width = {r: t[i, n].double().item() for i, r in enumerate(chooser.streams)}
+        costs = brute_force(of_width, targets, grid, slicing)
+        assert costs[q] <= min(costs) + 1e-5 * (1 + sum(lam * of_width[r] ** 2 for r, lam in targets.items()))
+
+
+@given(rules(), st.data())
+@relaxed
+def test_chooser_breaks_ties_by_the_parent_stream(rule: tuple[Grid, Slicing], data: st.DataObject) -> None:
+    """Codes that the targets cannot tell apart: the one whose full-width read is nearest to the parent's t."""
+    grid, slicing = rule
+    if grid.bits == 2:
+        return
+    target = data.draw(st.integers(2, grid.bits - 1))
+    chooser = CodeChooser.of({target: 1.0}, grid, slicing)
+    t = torch.rand(2, 9, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999)))) * grid.max_code
+    low, parent = levels(target, grid, slicing), levels(grid.bits, grid, slicing)
+    k = 2 ** (grid.bits - chooser.prefix_bits)
+    for n, q in enumerate(chooser.choose(t, chooser.tables(t.device)).tolist()):
+        same = [other for other in range(2**grid.bits) if low[other] == low[q] and other // k == q // k]
+        assert abs(parent[q] - t[1, n]) <= min(abs(parent[other] - t[1, n]) for other in same) + 1e-4
+
+
+@given(st.integers(2, 8), st.sampled_from(SLICINGS), st.lists(st.floats(-40, 300, width=32), min_size=1, max_size=20))
+@relaxed
+def test_the_parent_as_the_only_target_is_rounding_to_nearest(bits: int, slicing: Slicing, values: list[float]) -> None:
+    grid = Grid(bits)
+    chooser = CodeChooser.of({bits: 1.0}, grid, slicing)
+    t = torch.tensor([values])
+    assert chooser.choose(t, chooser.tables(t.device)).equal(nearest_code(t[0], grid))
+
+
+def test_chooser_enumerates_prefixes_only() -> None:
+    assert CodeChooser.of({8: 100.0, 4: 4.0, 3: 2.0, 2: 1.0}, Grid(8), "floor").prefix_bits == 4
+    assert CodeChooser.of({8: 100.0, 4: 4.0, 3: 2.0, 2: 1.0}, Grid(8), "round").prefix_bits == 5
+    assert CodeChooser.of({8: 1.0}, Grid(8), "floor").prefix_bits == 0
+    assert CodeChooser.of({8: 1.0, 2: 1.0}, Grid(8, overlap=True), "floor").prefix_bits == 4
