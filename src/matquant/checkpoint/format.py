@@ -1,0 +1,163 @@
+"""What stands in a version 1 checkpoint: config keys, tensor names, shapes, dtypes and allowed values.
+
+One quantized module NAME of a c-bit parent with in input channels and g groups a row, and what each tensor is for:
+
+    NAME.weight             uint8 [2, out, ceil(in / 8)]    planes 0 and 1
+    NAME.plane.K            uint8 [out, ceil(in / 8)]       plane K, 2 <= K < c
+    NAME.scale              float [out, g]                  of the parent grid, positive
+    NAME.zero               float [out, g]                  asymmetric grids only: whole numbers 0 .. 2^c - 1
+    NAME.scale.R, .offset.R float [out, g]                  the refit of width R: w = scale p + offset
+
+`need` of a tensor is how many planes a reader holds when the tensor becomes useful; it decides the shard family.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from matquant.codes import Grid, Slicing, check_rule, planes_needed
+from matquant.errors import CheckpointError, InputError, RecipeError, choices
+from matquant.plan import SCALE_BITS, Layout, Shape
+
+QUANT_METHOD, VERSION = "matquant", 1
+RESERVED = ("weight", "plane", "scale", "zero", "offset")
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # of scales: torch's name -> safetensors'
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What config.json says about the tensors. inputs: module name -> input channels. bits: the default read width."""
+
+    layout: Layout
+    inputs: Mapping[str, int]
+    bits: int
+    not_converted: tuple[str, ...]
+
+
+def parse_config(config: Mapping[str, Any], source: str) -> Spec:
+    """Raises InputError if this is no matquant checkpoint, CheckpointError for every way to be a wrong one."""
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+        raise InputError(f"{source} describes no matquant checkpoint; quantize the model first (matquant quantize)")
+    version = section.get("format_version")
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(f"{source}: format_version is {version!r}; this matquant reads version {VERSION}; install a newer matquant")
+    get = _Keys(section, source)
+    slicing, scale_dtype = get.one(str, "slicing"), get.one(str, "scale_dtype")
+    if scale_dtype not in SCALE_BITS:
+        raise CheckpointError(f"{source}: scale_dtype is {scale_dtype!r}; {choices(scale_dtype, SCALE_BITS)}")
+    widths, refits = get.widths("widths"), get.widths("refit_widths")
+    inputs, skipped = section.get("modules"), section.get("modules_to_not_convert") or []
+    if not isinstance(inputs, dict) or not inputs or not all(type(n) is int and 0 < n < 2**31 for n in inputs.values()):
+        raise CheckpointError(f"{source}: modules must map each quantized module to its number of input channels")
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise CheckpointError(f"{source}: modules_to_not_convert must be a list of names")
+    try:
+        grid = Grid(get.one(int, "parent_bits"), get.one(int, "group_size"), get.one(bool, "symmetric"), get.one(bool, "overlap"))
+        for bits in widths:
+            check_rule(bits, grid, cast(Slicing, slicing))
+        for count in set(inputs.values()):
+            grid.groups(count)
+    except RecipeError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    if not widths or not set(refits) <= set(widths) or get.one(int, "bits") not in widths:
+        raise CheckpointError(f"{source}: widths {list(widths)} must hold bits ({section['bits']}) and every one of refit_widths {list(refits)}")
+    layout = Layout(grid, cast(Slicing, slicing), widths, refits, scale_dtype)
+    return Spec(layout, inputs, section["bits"], tuple(skipped))
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Typed look-ups in one JSON object."""
+
+    section: Mapping[str, Any]
+    source: str
+
+    def one(self, kind: type, key: str) -> Any:
+        value = self.section.get(key)
+        if type(value) is not kind:
+            raise CheckpointError(f"{self.source}: {key} is {value!r}; it must be of type {kind.__name__}")
+        return value
+
+    def widths(self, key: str) -> tuple[int, ...]:
+        value = self.section.get(key)
+        if not isinstance(value, list) or not all(type(r) is int for r in value) or value != sorted(set(value), reverse=True):
+            raise CheckpointError(f"{self.source}: {key} is {value!r}; it must be a descending list of widths")
+        return tuple(value)
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def suffixes(layout: Layout) -> dict[str, int]:
+    """Every suffix that a module's tensors have -> `need`, the planes a reader holds when it wants that tensor."""
+    c = layout.grid.bits
+    found = {"weight": 2, "scale": 2} | ({} if layout.grid.symmetric else {"zero": 2})
+    found |= {f"plane.{k}": k + 1 for k in range(2, c)}
+    for r in layout.refit_widths:
+        need = max(2, planes_needed(r, c, layout.slicing))
+        found |= {f"scale.{r}": need, f"offset.{r}": need}
+    return found
+
+
+def owner_of(tensor: str, modules: Collection[str]) -> str | None:
+    """The module whose reserved names `tensor` belongs to: NAME.weight, NAME.plane.*, ...; None for a base tensor."""
+    head, _, last = tensor.rpartition(".")
+    if last in RESERVED and head in modules:
+        return head
+    owner, _, kind = head.rpartition(".")
+    return owner if kind in RESERVED and owner in modules else None
+
+
+def needs(names: Iterable[str], layout: Layout, modules: Collection[str]) -> dict[str, int]:
+    """`need` of every tensor; 0 for what is not quantized. Raises CheckpointError for a name that a module must not have."""
+    known, result = suffixes(layout), dict[str, int]()
+    for name in names:
+        owner = owner_of(name, modules)
+        suffix = "" if owner is None else name[len(owner) + 1 :]
+        if suffix and suffix not in known:
+            raise CheckpointError(f"extra tensor {name!r}: module {owner!r} of this checkpoint has {', '.join(known)} only")
+        result[name] = known[suffix] if suffix else 0
+    return result
+
+
+def family(need: int) -> str:
+    """The shard family of a tensor: base, plane2, ... plane7."""
+    return "base" if need <= 2 else f"plane{need - 1}"
+
+
+def missing_of(needs_here: Mapping[str, int], layout: Layout, modules: Iterable[str], planes: int) -> list[str]:
+    """The tensors that the first `planes` planes of every module call for and that `needs_here` does not name."""
+    wanted = [suffix for suffix, need in suffixes(layout).items() if need <= planes]
+    return [f"{name}.{suffix}" for name in modules for suffix in wanted if f"{name}.{suffix}" not in needs_here]
+
+
+# --- shapes and values ----------------------------------------------------------------------------------------------
+
+
+def expected(suffix: str, shape: Shape, layout: Layout) -> tuple[str, list[int]]:
+    """(safetensors dtype, shape) of one tensor of a module."""
+    row = -(-shape.in_features // 8)
+    if suffix == "weight":
+        return "U8", [2, shape.out, row]
+    if suffix.startswith("plane."):
+        return "U8", [shape.out, row]
+    return DTYPES[layout.scale_dtype], [shape.out, layout.grid.groups(shape.in_features)]
+
+
+def value_problem(suffix: str, tensor: Tensor, in_features: int, layout: Layout) -> str | None:
+    """What is wrong with the values of one tensor of a module; None if nothing is."""
+    kind = suffix.partition(".")[0]
+    if kind in ("weight", "plane"):
+        used = in_features % 8
+        return "has padding bits that are not zero" if used and bool((tensor[..., -1] >> used).any()) else None
+    if not bool(torch.isfinite(tensor).all()):
+        return "is not finite everywhere"
+    if kind == "scale" and not bool((tensor > 0).all()):
+        return "is not positive everywhere"
+    if kind == "zero" and not bool(((tensor == tensor.floor()) & (tensor >= 0) & (tensor <= layout.grid.max_code)).all()):
+        return f"does not hold whole numbers from 0 to {layout.grid.max_code} everywhere"
+    return None

@@ -1,0 +1,200 @@
+"""Write a checkpoint: tensors into shards grouped by plane, then index, config.json, other files, MANIFEST.json last.
+
+All of it into a temporary sibling folder, synced to disk, then one rename: a folder of the final name is always complete.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from matquant.checkpoint.files import CONFIG, INDEX, MANIFEST, MAX_BYTES, PICKLES, Manifest, safe_name, walk
+from matquant.checkpoint.format import QUANT_METHOD, VERSION, family, needs, parse_config, value_problem
+from matquant.checkpoint.reading import Checkpoint
+from matquant.errors import CheckpointError, InputError, ResourceError
+from matquant.plan import Layout, Shape
+from matquant.recipe import Recipe
+from matquant.weight import NestedWeight
+
+WRITTEN_BY = ("matquant", "torch", "transformers", "safetensors")
+
+
+def module_tensors(name: str, weight: NestedWeight) -> dict[str, Tensor]:
+    """The tensors of one module, named and typed as stored; scales, zeros and offsets in the dtype of weight.scale.
+
+    Raises CheckpointError if a value does not survive that dtype (an offset that overflows, a scale that underflows).
+    """
+    planes, dtype = weight.packed(), weight.scale.dtype
+    parts = {"weight": planes[:2]} | {f"plane.{k}": planes[k] for k in range(2, len(planes))} | {"scale": weight.scale}
+    if weight.zero is not None:
+        parts["zero"] = weight.zero.to(dtype)
+    for r, refit in weight.refits.items():
+        parts |= {f"scale.{r}": refit.scale.to(dtype), f"offset.{r}": refit.offset.to(dtype)}
+    layout = Layout(weight.grid, weight.slicing, (), (), str(dtype).removeprefix("torch."))
+    for suffix, tensor in parts.items():
+        if problem := value_problem(suffix, tensor, weight.codes.shape[1], layout):
+            raise CheckpointError(f"{name}.{suffix} in {layout.scale_dtype} {problem}; store scales as float32 (--scale-dtype float32)")
+    return {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in parts.items()}
+
+
+def quantization_config(recipe: Recipe, modules: Mapping[str, Shape], not_converted: Sequence[str], bits: int | None = None) -> dict[str, Any]:
+    """What config.json says under "quantization_config". bits: the default read, None = the widest. docs/FORMAT.md lists the keys."""
+    layout = recipe.layout
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": VERSION,
+        "parent_bits": layout.grid.bits,
+        "slicing": layout.slicing,
+        "overlap": layout.grid.overlap,
+        "group_size": layout.grid.group_size,
+        "symmetric": layout.grid.symmetric,
+        "scale_dtype": layout.scale_dtype,
+        "widths": list(layout.widths),
+        "refit_widths": list(layout.refit_widths),
+        "bits": max(layout.widths) if bits is None else bits,
+        "modules": {name: shape.in_features for name, shape in modules.items()},
+        "modules_to_not_convert": list(not_converted),
+        "recipe": recipe.to_dict(),
+        "recipe_hash": recipe.hash,
+        "versions": {name: metadata.version(name) for name in WRITTEN_BY},
+    }
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    max_shard_bytes: int = 2 * 2**30,
+) -> None:
+    """Write a whole checkpoint folder.
+
+    tensors: all tensors under their final names; may be lazy, since each is fetched once and at most one shard is held.
+    config: the whole config.json. files: name -> content of everything else (README.md, tokenizer.json, plans/x.json).
+    Equal arguments give equal bytes. Raises InputError (folder exists, bad file name), ResourceError (no space left: what
+    was written is removed), CheckpointError (tensors and config do not fit together).
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        raise InputError(f"{folder} exists already; choose another output folder, or delete it (--overwrite)")
+    _check_files(files)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # left over from a run that was killed
+        partial.mkdir()
+        _fill(partial, tensors, config, files, max_shard_bytes)
+        os.rename(partial, folder)
+        _sync(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        code = _errno(error)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"no space left to write {folder} ({os.strerror(code)}); free some, or choose another output folder") from None
+        if code is not None:
+            raise InputError(f"cannot write {folder}: {error}; choose another output folder") from None
+        raise
+
+
+def _fill(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], files: Mapping[str, bytes], limit: int) -> None:
+    spec = parse_config(config, CONFIG)
+    need = needs(tensors, spec.layout, spec.inputs)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for label in sorted({family(n) for n in need.values()}):
+        names = sorted(name for name, n in need.items() if family(n) == label)
+        sizes, shards = _write_family(folder, label, names, tensors, limit)
+        weight_map |= shards
+        total += sizes
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    content = {**files, CONFIG: _dump(config, CONFIG), INDEX: _dump(index, INDEX)}
+    for name, data in content.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    Checkpoint.open(folder, checksums=False)  # what does not open must not get the final name
+    names = walk(folder)
+    for name in names:
+        _sync(folder / name)
+    (folder / MANIFEST).write_bytes(Manifest.of(folder, names).to_bytes())
+    _sync(folder / MANIFEST)
+    for parent in sorted({(folder / name).parent for name in names}):
+        _sync(parent)
+
+
+def _write_family(folder: Path, label: str, names: Sequence[str], tensors: Mapping[str, Tensor], limit: int) -> tuple[int, dict[str, str]]:
+    """Write one shard family. Returns (bytes of its tensors, tensor -> file)."""
+    shards: list[list[str]] = []
+    total = 0
+    for number, shard in enumerate(_shards(names, tensors, limit), 1):
+        path = folder / f"{label}-{number}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files for their owner alone
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    found: dict[str, str] = {}
+    for number, shard_names in enumerate(shards, 1):
+        file = f"model-{label}-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{label}-{number}.safetensors").rename(folder / file)
+        found |= dict.fromkeys(shard_names, file)
+    return total, found
+
+
+def _shards(names: Sequence[str], tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for name in names:
+        tensor = tensors[name].detach().cpu()
+        if shard and held + tensor.nbytes > limit:
+            yield shard
+            shard, held = {}, 0
+        # a copy, where tensors share storage: safetensors refuses those
+        alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        taken = any(other.data_ptr() == tensor.data_ptr() for other in shard.values()) if alone else True
+        shard[name] = tensor.contiguous().clone() if taken else tensor
+        held += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _check_files(files: Mapping[str, bytes]) -> None:
+    for name in files:
+        if not safe_name(name) or name in (CONFIG, INDEX, MANIFEST) or name.endswith((".safetensors", *PICKLES)):
+            raise InputError(
+                f"cannot put the file {name!r} into a checkpoint; allowed: relative names of letters, digits and _ . + - that are not its own"
+            )
+
+
+def _dump(data: Mapping[str, Any], name: str) -> bytes:
+    try:
+        content = (json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} cannot be written as JSON: {error}") from None
+    if len(content) > MAX_BYTES[name]:
+        raise InputError(f"{name} would have {len(content)} bytes; readers accept {MAX_BYTES[name]}")
+    return content
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _errno(error: BaseException) -> int | None:
+    """The system's error number; safetensors gives it in words only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(found[1]) if found else None

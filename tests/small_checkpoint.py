@@ -1,0 +1,95 @@
+"""A checkpoint small enough to damage in hundreds of ways: two modules of odd shapes, two base tensors, about 9 KB."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matquant.checkpoint import Checkpoint, module_tensors, quantization_config, write
+from matquant.codes import planes_needed
+from matquant.plan import Shape
+from matquant.recipe import Recipe
+from matquant.weight import NestedWeight, Refit
+
+SHAPES = {"model.layers.0.mlp.down_proj": Shape(5, 24), "model.layers.0.self_attn.q_proj": Shape(6, 12)}
+RECIPE = Recipe(group_size=4)
+FILES = {"README.md": b"# small\n", "tokenizer.json": b"{}\n", "plans/mixed.json": b'{"default": 4, "layers": {"model.layers.0.self_attn.q_proj": 8}}\n'}
+
+
+def nested(shape: Shape, recipe: Recipe, seed: int) -> NestedWeight:
+    """Random codes, scales, zeros and refits as the recipe stores them."""
+    chance = torch.Generator().manual_seed(seed)
+    layout, dtype = recipe.layout, getattr(torch, recipe.scale_dtype)
+    grid = layout.grid
+    affine = (shape.out, grid.groups(shape.in_features))
+
+    def positive() -> Tensor:
+        return (torch.rand(affine, generator=chance) + 0.01).to(dtype)
+
+    return NestedWeight(
+        codes=torch.randint(0, grid.max_code + 1, (shape.out, shape.in_features), generator=chance, dtype=torch.uint8),
+        scale=positive(),
+        zero=None if grid.symmetric else torch.randint(0, grid.max_code + 1, affine, generator=chance).to(dtype),
+        grid=grid,
+        slicing=layout.slicing,
+        refits={r: Refit(positive(), torch.randn(affine, generator=chance).to(dtype)) for r in layout.refit_widths},
+        planes=grid.bits,
+    )
+
+
+def content(recipe: Recipe = RECIPE, shapes: Mapping[str, Shape] = SHAPES) -> tuple[dict[str, NestedWeight], dict[str, Tensor], dict[str, Any]]:
+    """(weights, all tensors, config.json)."""
+    weights = {name: nested(shape, recipe, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    tensors = {"model.embed_tokens.weight": torch.randn(7, 3, generator=torch.Generator().manual_seed(9)), "model.norm.weight": torch.ones(3)}
+    for name, weight in weights.items():
+        tensors |= module_tensors(name, weight)
+    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": quantization_config(recipe, shapes, ["lm_head"])}
+    return weights, tensors, config
+
+
+def save(folder: Path, recipe: Recipe = RECIPE, max_shard_bytes: int = 2**31) -> dict[str, NestedWeight]:
+    weights, tensors, config = content(recipe)
+    write(folder, tensors, config, FILES, max_shard_bytes)
+    return weights
+
+
+def same(a: NestedWeight, b: NestedWeight, bits: int) -> bool:
+    x, y = a.read(bits), b.read(bits)
+    return torch.equal(x.codes, y.codes) and torch.equal(x.scale, y.scale) and torch.equal(x.offset, y.offset)
+
+
+def reads_right(checkpoint: Checkpoint, weights: Mapping[str, NestedWeight]) -> bool:
+    """Read everything at every width and compare with what was written; errors are the caller's."""
+    base = content()[1]
+    return all(torch.equal(tensor, base[name]) for name, tensor in checkpoint.base.items()) and all(
+        same(checkpoint.read(name, bits), weights[name], bits) for name in checkpoint.modules for bits in checkpoint.widths
+    )
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def reseal(folder: Path) -> None:
+    """Write MANIFEST.json anew, by the words of docs/FORMAT.md alone: whoever damages a file on purpose can do that too."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "MANIFEST.json":
+            raw = path.read_bytes()
+            files[path.relative_to(folder).as_posix()] = {"sha256": hashlib.sha256(raw).hexdigest(), "size": len(raw)}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    (folder / "MANIFEST.json").write_text(json.dumps({"digest": digest, "files": files, "version": 1}, indent=1, sort_keys=True) + "\n")
+
+
+def plane_files(folder: Path, plane: int) -> list[Path]:
+    return sorted(folder.glob(f"model-plane{plane}-*.safetensors"))
+
+
+def need(recipe: Recipe, bits: int) -> int:
+    return planes_needed(bits, recipe.parent_bits, recipe.slicing)
