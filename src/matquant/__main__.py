@@ -1,0 +1,7 @@
+"""`python -m matquant`."""
+
+import sys
+
+from matquant.cli import main
+
+sys.exit(main())

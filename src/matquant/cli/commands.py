@@ -1,0 +1,133 @@
+"""The commands. Each handler reads its flags, calls one library function and shows what came back.
+
+`--json` prints JSON and nothing else on stdout; progress and warnings go to stderr.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from matquant.errors import CheckpointError, RecipeError
+
+FOLDER = typer.Argument(..., metavar="DIR", help="a matquant checkpoint", show_default=False)
+SOURCE = typer.Argument(..., metavar="DIR", help="a matquant checkpoint: a folder, or a Hugging Face id", show_default=False)
+JSON = typer.Option(False, "--json", help="print JSON for machines on stdout, and nothing else")
+DEVICE = typer.Option("cpu", help="where to compute, for instance cpu or cuda:0")
+DTYPE = typer.Option("float32", help="type of activations: float32, bfloat16 or float16")
+REMOTE = typer.Option(False, "--trust-remote-code", help="run the model's own Python code; read it first")
+GGUF = typer.Option(None, "--gguf-file", help="name of a GGUF file inside the model's folder", show_default=False)
+PLAN_HELP = 'JSON file {"default": bits, "layers": {name: bits}}'
+PLAN = typer.Option(None, "--plan", metavar="FILE", help=PLAN_HELP, show_default=False)
+PLANS = typer.Option(None, "--plan", metavar="FILE", help=PLAN_HELP + "; may be given again", show_default=False)
+
+
+def quantize(
+    recipe: Any,
+    model: str = typer.Argument(..., metavar="MODEL", help="folder or Hugging Face id of a causal LM", show_default=False),
+    output: Path = typer.Option(..., "--output", "-o", metavar="DIR", help="folder to make; must not exist", show_default=False),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
+    gguf_file: str | None = GGUF,
+    revision: str | None = typer.Option(None, help="branch, tag or commit on the hub", show_default=False),
+    trust_remote_code: bool = REMOTE,
+    dry_run: bool = typer.Option(False, "--dry-run", help="print layers, bytes, time and memory; write nothing"),
+    resume: bool = typer.Option(False, "--resume", help="continue an interrupted run of the same recipe"),
+    overwrite: bool = typer.Option(False, "--overwrite", help="replace the output folder, or start an interrupted run over"),
+    eval_text: Path | None = typer.Option(None, help="text for the report instead of held-out calibration text", show_default=False),
+    as_json: bool = JSON,
+) -> None:
+    """Quantize a model once into one nested checkpoint."""
+    from matquant import pipeline
+    from matquant.cli import show
+
+    options = pipeline.RunOptions(device, dtype, gguf_file, revision, trust_remote_code, resume, overwrite, eval_text)
+    if dry_run:
+        return show.estimate(pipeline.estimate(model, recipe, options), as_json)
+    with show.Progress() as progress:
+        report = pipeline.quantize(model, output, recipe, options, progress)
+    show.report(report, output, as_json)
+
+
+def evaluate(
+    folder: str = SOURCE,
+    bits: str | None = typer.Option(None, metavar="BITS,...", help="widths to measure, for instance 8,6,4,3,2", show_default="all that are here"),
+    plan: list[Path] | None = PLANS,
+    text: str | None = typer.Option(None, metavar="TEXT", help="FILE.txt, FILE.jsonl or hf:DATASET[:SPLIT]", show_default="sampled from the model"),
+    reference: str | None = typer.Option(None, metavar="MODEL", help="the original model; adds its row, KL and top-1", show_default=False),
+    gguf_file: str | None = GGUF,
+    seq_len: int = typer.Option(512, min=2, help="tokens of a sequence"),
+    max_tokens: int = typer.Option(16384, min=2, help="tokens of text to measure on, at most"),
+    seed: int = typer.Option(0, help="of sampled text"),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
+    trust_remote_code: bool = REMOTE,
+    as_json: bool = JSON,
+) -> None:
+    """Measure perplexity, KL and top-1 at several widths."""
+    from matquant.cli import run, show
+
+    setup = run.Setup(device, dtype, seq_len, max_tokens, seed, trust_remote_code)
+    with show.Progress() as progress:
+        protocol, rows = run.evaluate(folder, bits, plan or [], text, reference, gguf_file, setup, progress)
+    show.rows(protocol, rows, as_json)
+
+
+def generate(
+    folder: str = SOURCE,
+    prompt: str = typer.Argument(..., metavar="PROMPT", help="text to continue", show_default=False),
+    bits: int | None = typer.Option(None, help="read width", show_default="the checkpoint's"),
+    plan: Path | None = PLAN,
+    max_new_tokens: int = typer.Option(64, min=1, help="tokens to add at most"),
+    temperature: float = typer.Option(0.0, min=0.0, help="0 = greedy"),
+    seed: int = typer.Option(0, help="of sampling"),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
+    as_json: bool = JSON,
+) -> None:
+    """Continue a prompt at one width or plan."""
+    from matquant.cli import run, show
+    from matquant.plan import BitPlan
+
+    if bits is not None and plan is not None:
+        raise RecipeError("--bits and --plan both say at which width to read; give one")
+    width = bits if plan is None else BitPlan.load(plan)
+    show.completion(run.complete(folder, width, prompt, max_new_tokens, temperature, seed, device, dtype), as_json)
+
+
+def inspect(folder: Path = FOLDER, as_json: bool = JSON) -> None:
+    """Say what a checkpoint holds: widths, planes, layers, bytes, recipe."""
+    from matquant import checkpoint
+    from matquant.cli import show
+
+    show.description(checkpoint.describe(folder), as_json)
+
+
+def verify(folder: Path = FOLDER, as_json: bool = JSON) -> None:
+    """Check every file, tensor and value of a checkpoint."""
+    from matquant import checkpoint
+    from matquant.cli import show
+
+    problems = checkpoint.verify(folder)
+    show.problems(folder, problems, as_json)
+    if problems:
+        raise CheckpointError(f"{folder} has {len(problems)} {'problem' if len(problems) == 1 else 'problems'}; fetch or quantize it again")
+
+
+def doctor(as_json: bool = JSON) -> None:
+    """Show versions, threads, memory, disk, GPUs and extras."""
+    from matquant import doctor
+    from matquant.cli import show
+
+    show.facts(doctor.examine(Path.cwd()), as_json)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize,
+    "eval": evaluate,
+    "generate": generate,
+    "inspect": inspect,
+    "verify": verify,
+    "doctor": doctor,
+}

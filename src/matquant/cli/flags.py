@@ -1,0 +1,106 @@
+"""Flags: from the fields of Recipe (name, type, help and default are the field's), and small parsers of values.
+
+`--recipe FILE` gives values too; a flag on the command line overrides the file, and the file overrides the default.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from matquant.errors import RecipeError
+from matquant.recipe import Recipe
+
+RecipeFile = Path | None
+PANEL_FILE = "YAML or JSON file of recipe settings; flags override it"
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def value_text(value: Any) -> str:
+    """A recipe value as one would write it after its flag."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{r}:{lam:g}" for r, lam in value.items())
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def parse_bits(text: str, name: str = "bits") -> tuple[int, ...]:
+    """'8,4,2' -> (8, 4, 2). Raises RecipeError."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RecipeError(f"{name} is {text!r}; give whole numbers, for instance 8,6,4,3,2") from None
+
+
+def parse_targets(text: str) -> dict[int, float]:
+    """'8:100,4:4' -> {8: 100.0, 4: 4.0}. Raises RecipeError."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        targets = {int(width): float(lam) for width, lam in pairs}
+    except ValueError:
+        raise RecipeError(f"targets is {text!r}; give BITS:WEIGHT pairs, for instance 8:100,4:4,3:2,2:1") from None
+    if len(targets) != len(pairs):
+        raise RecipeError(f"targets is {text!r}; name each width once")
+    return targets
+
+
+def _option(field: "Field[Any]", default: Any) -> inspect.Parameter:
+    """The command-line option of one recipe field. None = not given."""
+    names, kind = [flag_name(field.name)], type(default)
+    if kind is bool:
+        names = [f"{names[0]}/--no-{names[0][2:]}"]
+    elif field.name == "skip":
+        kind = list[str]
+    elif kind not in (int, float):
+        kind = str
+    option = typer.Option(None, *names, help=field.metadata["help"], show_default=value_text(default))
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
+
+
+def build_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
+    """Defaults, then `file`, then the flags that were `given`. Raises RecipeError."""
+    base = Recipe.load(file) if file else Recipe()
+    values = dict(given)
+    if "bits" in values:
+        values["bits"] = parse_bits(values["bits"])
+    if "targets" in values:
+        values["targets"] = parse_targets(values["targets"])
+    return Recipe.from_dict(base.to_dict() | values)
+
+
+def with_recipe_flags(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """`handler(recipe=..., ...)` as a command with one flag for each field of Recipe, and --recipe."""
+    default = Recipe()
+    options = [_option(field, getattr(default, field.name)) for field in fields(Recipe)]
+    file = inspect.Parameter(
+        "recipe_file", inspect.Parameter.KEYWORD_ONLY, default=typer.Option(None, "--recipe", help=PANEL_FILE), annotation=RecipeFile
+    )
+    signature = inspect.signature(handler)
+    rest = [parameter for parameter in signature.parameters.values() if parameter.name != "recipe"]
+    first = [parameter for parameter in rest if isinstance(parameter.default, typer.models.ArgumentInfo)]
+    others = [parameter for parameter in rest if parameter not in first]
+
+    @functools.wraps(handler)
+    def command(**arguments: Any) -> Any:
+        given = {field.name: arguments.pop(field.name) for field in fields(Recipe)}
+        recipe = build_recipe(arguments.pop("recipe_file"), {name: value for name, value in given.items() if value is not None})
+        return handler(recipe=recipe, **arguments)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*first, file, *options, *others]]
+    command.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def json_text(value: Any) -> str:
+    """JSON for machines: never NaN, which is no JSON."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,197 @@
+"""What `eval` and `generate` do with a checkpoint: load it, tokenize, measure or continue a text."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matquant.errors import InputError, RecipeError, ResourceError, choices
+
+if TYPE_CHECKING:
+    from matquant.evaluate import Protocol, Row
+    from matquant.plan import BitPlan
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """bits: the width, or what tables call the plan. seconds: of generation alone, loading not counted."""
+
+    bits: int | str
+    prompt: str
+    text: str
+    tokens: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How `evaluate` computes: where, in which type, on how much text."""
+
+    device: str
+    dtype: str
+    seq_len: int
+    max_tokens: int
+    seed: int
+    trust_remote_code: bool
+
+
+def check_dtype(dtype: str) -> str:
+    """Raises RecipeError."""
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype is {dtype!r}; {choices(dtype, DTYPES)}")
+    return dtype
+
+
+def check_device(device: str) -> str:
+    """Raises RecipeError for no device at all, ResourceError for one that this machine lacks."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        kind = device.partition(":")[0]
+        if kind in ("cuda", "mps", "xpu"):
+            raise ResourceError(f"device {device} is not usable here ({str(error).splitlines()[0]}); use --device cpu") from None
+        raise RecipeError(f"device is {device!r}; give cpu, cuda or cuda:N") from None
+    return device
+
+
+def quiet() -> None:
+    """Keep transformers' own bars and advice off stderr; what matters to the user is said by us."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_model(folder: str, bits: "int | BitPlan | None", device: str, dtype: str) -> Any:
+    """A checkpoint whose layers read their planes. Raises as matquant.from_pretrained."""
+    import matquant
+
+    quiet()
+    check_dtype(dtype)
+    return matquant.from_pretrained(folder, bits, dtype=dtype, device_map=check_device(device)).eval()
+
+
+def load_tokenizer(folder: str) -> Any:
+    """Raises InputError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}); copy the original model's tokenizer files into it") from None
+
+
+def complete(folder: str, bits: "int | BitPlan | None", prompt: str, new: int, temperature: float, seed: int, device: str, dtype: str) -> Completion:
+    """Continue `prompt` by at most `new` tokens: weights made dense once, then ordinary generation; greedy at temperature 0."""
+    import torch
+    import transformers
+
+    model, tokenizer = load_model(folder, bits, device, dtype), load_tokenizer(folder)
+    label = plan_label(bits, model)
+    model = model.dequantize()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    if ids.numel() == 0:
+        raise InputError("the prompt has no tokens; give some text")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    transformers.set_seed(seed)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=_pad(tokenizer), **sampling)
+    seconds = time.perf_counter() - started
+    added = out[0, ids.shape[1] :]
+    return Completion(label, prompt, tokenizer.decode(added, skip_special_tokens=True), len(added), round(seconds, 3))
+
+
+def _pad(tokenizer: Any) -> int | None:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def plan_label(bits: "int | BitPlan | None", model: Any) -> int | str:
+    """The width, or the plan in words; what the checkpoint chose where nothing was asked for."""
+    if bits is None:
+        from matquant.linear import NestedLinear
+
+        return next(module.bits for module in model.modules() if isinstance(module, NestedLinear))
+    return bits if isinstance(bits, int) else bits.label
+
+
+# --- eval -----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    source: str,
+    bits: str | None,
+    plans: Sequence[Path],
+    text: str | None,
+    reference: str | None,
+    gguf_file: str | None,
+    setup: Setup,
+    progress: Callable[[str, int, int], None],
+) -> "tuple[Protocol, list[Row]]":
+    """Rows of the checkpoint at each width and plan, led by the original where `reference` names it.
+
+    text: as for calibration; None samples it from the original, or from the checkpoint at its widest. progress: called with
+    (stage, steps done, of how many).
+    """
+    from matquant import evaluate as measure
+    from matquant import hf
+    from matquant.checkpoint import Checkpoint
+    from matquant.cli.flags import parse_bits
+    from matquant.plan import BitPlan
+
+    check_dtype(setup.dtype), check_device(setup.device)
+    wanted = parse_bits(bits) if bits else ()
+    named = {str(r): BitPlan(r) for r in wanted} | {path.stem: BitPlan.load(path) for path in plans}
+    widest = max((max(plan.default, *plan.overrides.values(), 0) for plan in named.values()), default=None)
+    folder = hf.locate(source, widest, None)
+    named = named or {str(r): BitPlan(r) for r in Checkpoint.open(folder).widths}
+    tokenizer = load_tokenizer(str(folder))
+    original = None if reference is None else load_original(reference, gguf_file, setup)
+    sequences, protocol = sequences_for(text, tokenizer, original, str(folder), setup, progress)
+    steps = lambda done, of: progress("measuring", done, of)  # noqa: E731
+    rows = measure.evaluate(folder, named, sequences, original, dtype=setup.dtype, device_map=setup.device, progress=steps)
+    return protocol, rows
+
+
+def load_original(model: str, gguf_file: str | None, setup: Setup) -> Any:
+    """The original model, dense. Raises as matquant.models."""
+    from matquant import models
+
+    quiet()
+    folder = models.resolve(model, None)
+    return models.load_dense(model, folder, gguf_file, setup.trust_remote_code, setup.dtype).to(setup.device)
+
+
+def sequences_for(
+    text: str | None, tokenizer: Any, original: Any, folder: str, setup: Setup, progress: Callable[[str, int, int], None]
+) -> "tuple[Any, Protocol]":
+    """(sequences Int[Tensor, "samples length"], protocol): cut from `text`, or sampled from the original or the checkpoint."""
+    from matquant import calibration
+    from matquant.evaluate import Protocol, windows
+
+    count = max(1, setup.max_tokens // setup.seq_len)
+    bos = leading_token(tokenizer)
+    if text is not None:
+        ids = calibration.token_stream(tokenizer, calibration.read_texts(text), None)
+        sequences = windows(ids, setup.seq_len, bos, count)
+        return sequences, Protocol.of(sequences, bos, text)
+    model = original if original is not None else load_model(folder, None, setup.device, setup.dtype)
+    start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    sampling = lambda done, of: progress("sampling text", done, of)  # noqa: E731
+    sequences = calibration.sample_windows(model, start, count, setup.seq_len, setup.seed, sampling)
+    who = "the original" if original is not None else "the checkpoint at its widest"
+    return sequences, Protocol.of(sequences, start, f"sampled from {who}, seed {setup.seed}")
+
+
+def leading_token(tokenizer: Any) -> int | None:
+    """The token that this tokenizer puts before every text by itself, or None."""
+    ids = tokenizer("a").input_ids
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None

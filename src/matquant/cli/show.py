@@ -1,0 +1,195 @@
+"""Results on stdout, as tables for people or JSON for machines; progress on stderr."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from matquant import doctor
+from matquant.checkpoint import Description
+from matquant.cli.run import Completion
+from matquant.evaluate import Protocol, Row
+
+
+def emit(value: Any) -> None:
+    """JSON on stdout. NaN and infinities are no JSON and never leave here."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def say(*lines: str) -> None:
+    """Plain lines on stdout, never read as rich markup, never wrapped."""
+    for line in lines:
+        sys.stdout.write(line + "\n")
+
+
+def draw(table: Table) -> None:
+    """A table as wide as it needs where stdout is no terminal, so that pipes and logs lose nothing."""
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.25 GB is 1.25e9."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def grid(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+    """A table whose first `left` columns are text and the rest numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+# --- inspect, verify, generate, doctor ------------------------------------------------------------------------------
+
+
+def description(found: Description, as_json: bool) -> None:
+    if as_json:
+        return emit(_description_dict(found))
+    layout = found.layout
+    zero = "symmetric" if layout.grid.symmetric else "asymmetric"
+    rows = [
+        [str(r), f"{found.bits_per_weight(r):.3f}", size(found.file_bytes[r]) if r in found.file_bytes else "?", "yes" if r in found.widths else "planes missing"]
+        for r in layout.widths
+    ]
+    say(
+        f"{found.folder}: {len(found.modules)} quantized layers, {found.quantized:,} of {found.parameters:,} weights",
+        f"parent {layout.grid.bits} bits, groups of {layout.grid.group_size}, {zero}, slicing {layout.slicing}, scales {layout.scale_dtype}"
+        + (", overlap" if layout.grid.overlap else ""),
+        f"planes 0-{found.planes - 1} of 0-{layout.grid.bits - 1} are here; default width {found.bits}",
+        *[f"missing: {name}" for name in found.missing],
+    )
+    draw(grid(["bits", "bits/weight", "bytes to fetch", "readable here"], rows))
+    say(f"not quantized: {', '.join(found.not_converted) or 'nothing inside the blocks'}", f"plans: {', '.join(found.plans) or 'none'}")
+    if found.recipe is not None:
+        say(f"recipe {found.recipe.hash[:12]}: method {found.recipe.method}, calibration {found.recipe.calibration}, seed {found.recipe.seed}")
+
+
+def _description_dict(found: Description) -> dict[str, Any]:
+    grid_ = found.layout.grid
+    return {
+        "folder": str(found.folder),
+        "parent_bits": grid_.bits,
+        "group_size": grid_.group_size,
+        "symmetric": grid_.symmetric,
+        "overlap": grid_.overlap,
+        "slicing": found.layout.slicing,
+        "scale_dtype": found.layout.scale_dtype,
+        "bits": found.bits,
+        "planes": found.planes,
+        "widths": list(found.widths),
+        "missing": list(found.missing),
+        "offered": [
+            {"bits": r, "bits_per_weight": round(found.bits_per_weight(r), 6), "file_bytes": found.file_bytes.get(r)} for r in found.layout.widths
+        ],
+        "parameters": found.parameters,
+        "quantized": found.quantized,
+        "modules": {name: [shape.out, shape.in_features] for name, shape in found.modules.items()},
+        "not_converted": list(found.not_converted),
+        "plans": list(found.plans),
+        "recipe": None if found.recipe is None else found.recipe.to_dict(),
+        "recipe_hash": None if found.recipe is None else found.recipe.hash,
+        "versions": dict(found.versions),
+    }
+
+
+def problems(folder: Path, found: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        return emit({"folder": str(folder), "sound": not found, "problems": list(found)})
+    say(*found) if found else say(f"{folder} is sound")
+
+
+def completion(result: Completion, as_json: bool) -> None:
+    if as_json:
+        return emit(result.to_dict())
+    say(result.prompt + result.text)
+    sys.stderr.write(f"{result.bits} bits: {result.tokens} tokens in {result.seconds:.1f} s\n")
+
+
+def facts(found: Mapping[str, Any], as_json: bool) -> None:
+    advice = doctor.problems(found)
+    if as_json:
+        return emit({**found, "advice": advice})
+    say(f"python {found['python']} on {found['platform']}")
+    say("  ".join(f"{name} {version or 'missing'}" for name, version in found["versions"].items()))
+    say(f"{found['cpu_cores']} cores, torch uses {found['threads']} threads, {found['cpu_capability']}")
+    memory = found["ram_free_bytes"]
+    say(f"free: memory {'unknown' if memory is None else size(memory)}, disk {size(found['disk_free_bytes'])}")
+    gpus = [f"{gpu['name']} (compute {gpu['capability']}), {size(gpu['free_bytes'])} of {size(gpu['total_bytes'])} free" for gpu in found["cuda"]]
+    say(f"CUDA: {'; '.join(gpus) or 'none'}")
+    say(*[f"{name}={value}" for name, value in found["environment"].items()], *[f"note: {line}" for line in advice])
+
+
+# --- quality --------------------------------------------------------------------------------------------------------
+
+
+def rows(protocol: Protocol, found: Sequence[Row], as_json: bool) -> None:
+    if as_json:
+        return emit([row_dict(row) | {"protocol": asdict(protocol)} for row in found])
+    draw(row_table(found))
+    say(
+        f"{protocol.tokens} tokens in {protocol.sequences} sequences of {protocol.seq_len}, stride {protocol.stride}, "
+        f"BOS: {protocol.bos}, text: {protocol.text}"
+    )
+
+
+def row_dict(row: Row) -> dict[str, Any]:
+    bits = int(row.bits) if row.bits is not None and row.bits == int(row.bits) else row.bits
+    return asdict(row) | {"bits": bits}
+
+
+def row_table(found: Sequence[Row]) -> Table:
+    headers = ["bits", "bits/weight", "of the model", "to fetch", "perplexity", "KL", "KL 99.9 %", "top-1"]
+    return grid(headers, [_row_cells(row) for row in found])
+
+
+def _row_cells(row: Row) -> list[str]:
+    kl, tail, top1 = ("-" if value is None else form % value for value, form in ((row.kl, "%.4f"), (row.kl_p999, "%.3f"), (row.top1, "%.4f")))
+    sizes = [f"{row.bits_per_weight:.3f}", f"{row.bits_per_weight_model:.3f}", size(row.file_bytes)]
+    return [row.label, *sizes, f"{row.perplexity:.3f}", kl, tail, top1]
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar with the time left, on stderr; plain lines, one a stage, where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = Bar(*columns, console=self.console, transient=True)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, stage: str, done: int, of: int) -> None:
+        """`done` of `of` steps of a stage are finished."""
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(stage, total=of)
+            if not self.console.is_terminal:
+                self.line(stage)
+        self.bar.update(self.tasks[stage], completed=done, total=of)
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(Text(text), highlight=False, soft_wrap=True)
