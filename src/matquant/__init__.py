@@ -9,7 +9,6 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,7 @@ def __dir__() -> list[str]:
 class _RegisterOnImport(importlib.abc.MetaPathFinder):
     """Registers once, right after `transformers.quantizers` has been executed (any module of it would be too early)."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
         if name != "transformers.quantizers":
             return None
         sys.meta_path.remove(self)
@@ -47,13 +46,13 @@ class _RegisterOnImport(importlib.abc.MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module("matquant.hf").register()
+                importlib.import_module("matquant.hf")
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 if "transformers.quantizers" in sys.modules:
-    importlib.import_module("matquant.hf").register()
+    importlib.import_module("matquant.hf")
 else:
     sys.meta_path.insert(0, _RegisterOnImport())
