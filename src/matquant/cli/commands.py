@@ -14,10 +14,10 @@ from matquant.errors import CheckpointError, RecipeError
 FOLDER = typer.Argument(..., metavar="DIR", help="a matquant checkpoint", show_default=False)
 SOURCE = typer.Argument(..., metavar="DIR", help="a matquant checkpoint: a folder, or a Hugging Face id", show_default=False)
 JSON = typer.Option(False, "--json", help="print JSON for machines on stdout, and nothing else")
-DEVICE = typer.Option("cpu", help="where to compute, for instance cpu or cuda:0")
-DTYPE = typer.Option("float32", help="type of activations: float32, bfloat16 or float16")
+DEVICE = typer.Option("cpu", metavar="DEVICE", help="where to compute, for instance cpu or cuda:0")
+DTYPE = typer.Option("float32", metavar="DTYPE", help="type of activations: float32, bfloat16 or float16")
 REMOTE = typer.Option(False, "--trust-remote-code", help="run the model's own Python code; read it first")
-GGUF = typer.Option(None, "--gguf-file", help="name of a GGUF file inside the model's folder", show_default=False)
+GGUF = typer.Option(None, "--gguf-file", metavar="NAME", help="name of a GGUF file inside the model's folder", show_default=False)
 PLAN_HELP = 'JSON file {"default": bits, "layers": {name: bits}}'
 PLAN = typer.Option(None, "--plan", metavar="FILE", help=PLAN_HELP, show_default=False)
 PLANS = typer.Option(None, "--plan", metavar="FILE", help=PLAN_HELP + "; may be given again", show_default=False)
@@ -30,12 +30,12 @@ def quantize(
     device: str = DEVICE,
     dtype: str = DTYPE,
     gguf_file: str | None = GGUF,
-    revision: str | None = typer.Option(None, help="branch, tag or commit on the hub", show_default=False),
+    revision: str | None = typer.Option(None, metavar="NAME", help="branch, tag or commit on the hub", show_default=False),
     trust_remote_code: bool = REMOTE,
     dry_run: bool = typer.Option(False, "--dry-run", help="print layers, bytes, time and memory; write nothing"),
     resume: bool = typer.Option(False, "--resume", help="continue an interrupted run of the same recipe"),
     overwrite: bool = typer.Option(False, "--overwrite", help="replace the output folder, or start an interrupted run over"),
-    eval_text: Path | None = typer.Option(None, help="text for the report instead of held-out calibration text", show_default=False),
+    eval_text: Path | None = typer.Option(None, metavar="FILE", help="text for the report instead of held-out calibration text", show_default=False),
     as_json: bool = JSON,
 ) -> None:
     """Quantize a model once into one nested checkpoint."""

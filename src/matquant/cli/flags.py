@@ -5,7 +5,6 @@
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
@@ -16,8 +15,7 @@ import typer
 from matquant.errors import RecipeError
 from matquant.recipe import Recipe
 
-RecipeFile = Path | None
-PANEL_FILE = "YAML or JSON file of recipe settings; flags override it"
+FILE_HELP = "YAML or JSON file of recipe settings; flags override it"
 
 
 def flag_name(name: str) -> str:
@@ -53,6 +51,9 @@ def parse_targets(text: str) -> dict[int, float]:
     return targets
 
 
+METAVARS = {"bits": "BITS,...", "targets": "BITS:WEIGHT,...", "skip": "PATTERN", "calibration": "TEXT"}
+
+
 def _option(field: "Field[Any]", default: Any) -> inspect.Parameter:
     """The command-line option of one recipe field. None = not given."""
     names, kind = [flag_name(field.name)], type(default)
@@ -62,7 +63,8 @@ def _option(field: "Field[Any]", default: Any) -> inspect.Parameter:
         kind = list[str]
     elif kind not in (int, float):
         kind = str
-    option = typer.Option(None, *names, help=field.metadata["help"], show_default=value_text(default))
+    text = field.metadata["help"] + ("; may be given again" if kind == list[str] else "")
+    option = typer.Option(None, *names, metavar=METAVARS.get(field.name), help=text, show_default=value_text(default))
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
 
 
@@ -82,7 +84,7 @@ def with_recipe_flags(handler: Callable[..., Any]) -> Callable[..., Any]:
     default = Recipe()
     options = [_option(field, getattr(default, field.name)) for field in fields(Recipe)]
     file = inspect.Parameter(
-        "recipe_file", inspect.Parameter.KEYWORD_ONLY, default=typer.Option(None, "--recipe", help=PANEL_FILE), annotation=RecipeFile
+        "recipe_file", inspect.Parameter.KEYWORD_ONLY, default=typer.Option(None, "--recipe", metavar="FILE", help=FILE_HELP), annotation=Path | None
     )
     signature = inspect.signature(handler)
     rest = [parameter for parameter in signature.parameters.values() if parameter.name != "recipe"]
@@ -99,8 +101,3 @@ def with_recipe_flags(handler: Callable[..., Any]) -> Callable[..., Any]:
     command.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
-
-
-def json_text(value: Any) -> str:
-    """JSON for machines: never NaN, which is no JSON."""
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"

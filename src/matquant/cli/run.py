@@ -86,7 +86,8 @@ def load_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}); copy the original model's tokenizer files into it") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder} has no usable tokenizer ({reason}); copy the original model's tokenizer files into it") from None
 
 
 def complete(folder: str, bits: "int | BitPlan | None", prompt: str, new: int, temperature: float, seed: int, device: str, dtype: str) -> Completion:

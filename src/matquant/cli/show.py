@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from matquant import doctor
 from matquant.checkpoint import Description
 from matquant.cli.run import Completion
 from matquant.evaluate import Protocol, Row
+from matquant.report import Report, Table, layer_rows, quality_rows, size, skipped_rows
 
 
 def emit(value: Any) -> None:
@@ -30,28 +31,19 @@ def say(*lines: str) -> None:
         sys.stdout.write(line + "\n")
 
 
-def draw(table: Table) -> None:
+def draw(table: Table, left: int = 1) -> None:
     """A table as wide as it needs where stdout is no terminal, so that pipes and logs lose nothing."""
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(grid(table, left))
 
 
-def size(count: float) -> str:
-    """Bytes for people: 1.25 GB is 1.25e9."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def grid(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+def grid(table: Table, left: int = 1) -> Grid:
     """A table whose first `left` columns are text and the rest numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+    drawn = Grid(box=None, pad_edge=False, header_style="bold")
+    for index, header in enumerate(table.headers):
+        drawn.add_column(header, justify="left" if index < left or header == "notes" else "right", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    return drawn
 
 
 # --- inspect, verify, generate, doctor ------------------------------------------------------------------------------
@@ -62,10 +54,9 @@ def description(found: Description, as_json: bool) -> None:
         return emit(_description_dict(found))
     layout = found.layout
     zero = "symmetric" if layout.grid.symmetric else "asymmetric"
-    rows = [
-        [str(r), f"{found.bits_per_weight(r):.3f}", size(found.file_bytes[r]) if r in found.file_bytes else "?", "yes" if r in found.widths else "planes missing"]
-        for r in layout.widths
-    ]
+    fetch = {r: size(count) for r, count in found.file_bytes.items()}
+    here = {r: "yes" if r in found.widths else "planes missing" for r in layout.widths}
+    lines = [[str(r), f"{found.bits_per_weight(r):.2f}", fetch.get(r, "?"), here[r]] for r in layout.widths]
     say(
         f"{found.folder}: {len(found.modules)} quantized layers, {found.quantized:,} of {found.parameters:,} weights",
         f"parent {layout.grid.bits} bits, groups of {layout.grid.group_size}, {zero}, slicing {layout.slicing}, scales {layout.scale_dtype}"
@@ -73,7 +64,7 @@ def description(found: Description, as_json: bool) -> None:
         f"planes 0-{found.planes - 1} of 0-{layout.grid.bits - 1} are here; default width {found.bits}",
         *[f"missing: {name}" for name in found.missing],
     )
-    draw(grid(["bits", "bits/weight", "bytes to fetch", "readable here"], rows))
+    draw(Table(["bits", "bits/weight", "to fetch", "readable here"], lines))
     say(f"not quantized: {', '.join(found.not_converted) or 'nothing inside the blocks'}", f"plans: {', '.join(found.plans) or 'none'}")
     if found.recipe is not None:
         say(f"recipe {found.recipe.hash[:12]}: method {found.recipe.method}, calibration {found.recipe.calibration}, seed {found.recipe.seed}")
@@ -93,9 +84,7 @@ def _description_dict(found: Description) -> dict[str, Any]:
         "planes": found.planes,
         "widths": list(found.widths),
         "missing": list(found.missing),
-        "offered": [
-            {"bits": r, "bits_per_weight": round(found.bits_per_weight(r), 6), "file_bytes": found.file_bytes.get(r)} for r in found.layout.widths
-        ],
+        "offered": [{"bits": r, "bits_per_weight": found.bits_per_weight(r), "file_bytes": found.file_bytes.get(r)} for r in found.layout.widths],
         "parameters": found.parameters,
         "quantized": found.quantized,
         "modules": {name: [shape.out, shape.in_features] for name, shape in found.modules.items()},
@@ -140,27 +129,36 @@ def facts(found: Mapping[str, Any], as_json: bool) -> None:
 def rows(protocol: Protocol, found: Sequence[Row], as_json: bool) -> None:
     if as_json:
         return emit([row_dict(row) | {"protocol": asdict(protocol)} for row in found])
-    draw(row_table(found))
-    say(
-        f"{protocol.tokens} tokens in {protocol.sequences} sequences of {protocol.seq_len}, stride {protocol.stride}, "
-        f"BOS: {protocol.bos}, text: {protocol.text}"
-    )
+    draw(quality_rows(found))
+    say(protocol_line(protocol))
 
 
 def row_dict(row: Row) -> dict[str, Any]:
+    """bits is a whole number wherever it is one."""
     bits = int(row.bits) if row.bits is not None and row.bits == int(row.bits) else row.bits
     return asdict(row) | {"bits": bits}
 
 
-def row_table(found: Sequence[Row]) -> Table:
-    headers = ["bits", "bits/weight", "of the model", "to fetch", "perplexity", "KL", "KL 99.9 %", "top-1"]
-    return grid(headers, [_row_cells(row) for row in found])
+def protocol_line(protocol: Protocol) -> str:
+    counts = f"{protocol.tokens} tokens in {protocol.sequences} sequences of {protocol.seq_len}, stride {protocol.stride}"
+    return f"measured on {counts}; BOS: {protocol.bos}; text: {protocol.text}"
 
 
-def _row_cells(row: Row) -> list[str]:
-    kl, tail, top1 = ("-" if value is None else form % value for value, form in ((row.kl, "%.4f"), (row.kl_p999, "%.3f"), (row.top1, "%.4f")))
-    sizes = [f"{row.bits_per_weight:.3f}", f"{row.bits_per_weight_model:.3f}", size(row.file_bytes)]
-    return [row.label, *sizes, f"{row.perplexity:.3f}", kl, tail, top1]
+# --- quantize -------------------------------------------------------------------------------------------------------
+
+
+def report(found: Report, folder: Path, as_json: bool) -> None:
+    if as_json:
+        return emit({"folder": str(folder)} | found.to_dict())
+    say("relative output error of every layer, on the calibration text")
+    draw(layer_rows(found.layers), left=2)
+    if found.skipped:
+        draw(skipped_rows(found.skipped), left=2)
+    if found.rows and found.protocol:
+        say("")
+        draw(quality_rows(found.rows))
+        say(protocol_line(found.protocol))
+    say(f"written to {folder}; next: matquant generate {folder} 'Once upon a time' --bits 4")
 
 
 # --- progress -------------------------------------------------------------------------------------------------------
@@ -171,8 +169,8 @@ class Progress:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self.bar = Bar(*columns, console=self.console, transient=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True)
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Progress":
