@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from matquant.checkpoint import Checkpoint, module_tensors, quantization_config, write
-from matquant.codes import planes_needed
-from matquant.plan import Shape
+from matquant.plan import BitPlan, Shape
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight, Refit
 
 SHAPES = {"model.layers.0.mlp.down_proj": Shape(5, 24), "model.layers.0.self_attn.q_proj": Shape(6, 12)}
 RECIPE = Recipe(group_size=4)
-FILES = {"README.md": b"# small\n", "tokenizer.json": b"{}\n", "plans/mixed.json": b'{"default": 4, "layers": {"model.layers.0.self_attn.q_proj": 8}}\n'}
+FILES = {"README.md": b"# small\n", "tokenizer.json": b"{}\n"}
 
 
 def nested(shape: Shape, recipe: Recipe, seed: int) -> NestedWeight:
@@ -41,10 +40,14 @@ def nested(shape: Shape, recipe: Recipe, seed: int) -> NestedWeight:
     )
 
 
+def base_tensors() -> dict[str, Tensor]:
+    return {"model.embed_tokens.weight": torch.randn(7, 3, generator=torch.Generator().manual_seed(9)), "model.norm.weight": torch.ones(3)}
+
+
 def content(recipe: Recipe = RECIPE, shapes: Mapping[str, Shape] = SHAPES) -> tuple[dict[str, NestedWeight], dict[str, Tensor], dict[str, Any]]:
     """(weights, all tensors, config.json)."""
     weights = {name: nested(shape, recipe, seed) for seed, (name, shape) in enumerate(shapes.items())}
-    tensors = {"model.embed_tokens.weight": torch.randn(7, 3, generator=torch.Generator().manual_seed(9)), "model.norm.weight": torch.ones(3)}
+    tensors = base_tensors()
     for name, weight in weights.items():
         tensors |= module_tensors(name, weight)
     config = {"architectures": ["LlamaForCausalLM"], "quantization_config": quantization_config(recipe, shapes, ["lm_head"])}
@@ -53,7 +56,8 @@ def content(recipe: Recipe = RECIPE, shapes: Mapping[str, Shape] = SHAPES) -> tu
 
 def save(folder: Path, recipe: Recipe = RECIPE, max_shard_bytes: int = 2**31) -> dict[str, NestedWeight]:
     weights, tensors, config = content(recipe)
-    write(folder, tensors, config, FILES, max_shard_bytes)
+    plan = BitPlan(min(recipe.bits), {next(iter(SHAPES)): max(recipe.bits)})
+    write(folder, tensors, config, FILES | {"plans/mixed.json": plan.to_json().encode()}, max_shard_bytes)
     return weights
 
 
@@ -63,10 +67,10 @@ def same(a: NestedWeight, b: NestedWeight, bits: int) -> bool:
 
 
 def reads_right(checkpoint: Checkpoint, weights: Mapping[str, NestedWeight]) -> bool:
-    """Read everything at every width and compare with what was written; errors are the caller's."""
-    base = content()[1]
+    """Read everything that is here and compare it, at every width, with what was written; errors are the caller's."""
+    base, found = base_tensors(), {name: checkpoint.read(name) for name in checkpoint.modules}
     return all(torch.equal(tensor, base[name]) for name, tensor in checkpoint.base.items()) and all(
-        same(checkpoint.read(name, bits), weights[name], bits) for name in checkpoint.modules for bits in checkpoint.widths
+        same(weight, weights[name], bits) for name, weight in found.items() for bits in checkpoint.widths
     )
 
 
@@ -85,11 +89,3 @@ def reseal(folder: Path) -> None:
             files[path.relative_to(folder).as_posix()] = {"sha256": hashlib.sha256(raw).hexdigest(), "size": len(raw)}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     (folder / "MANIFEST.json").write_text(json.dumps({"digest": digest, "files": files, "version": 1}, indent=1, sort_keys=True) + "\n")
-
-
-def plane_files(folder: Path, plane: int) -> list[Path]:
-    return sorted(folder.glob(f"model-plane{plane}-*.safetensors"))
-
-
-def need(recipe: Recipe, bits: int) -> int:
-    return planes_needed(bits, recipe.parent_bits, recipe.slicing)

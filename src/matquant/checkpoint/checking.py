@@ -1,6 +1,7 @@
 """verify: every byte and every value of a checkpoint. describe: what is in it, by headers alone."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TypeVar
 from matquant.checkpoint.files import MANIFEST, MAX_PLAN_BYTES, PICKLES, Manifest, locate, walk
 from matquant.checkpoint.format import family, suffixes
 from matquant.checkpoint.reading import Checkpoint
-from matquant.errors import CheckpointError, InputError, MatquantError
+from matquant.errors import CheckpointError, InputError, MatquantError, MissingPlanesError
 from matquant.plan import BitPlan, Layout, Shape
 from matquant.recipe import Recipe
 
@@ -103,7 +104,7 @@ class Description:
     """What a checkpoint holds.
 
     planes: leading planes here; widths: readable with them; missing: weight files not here. file_bytes: width -> bytes
-    that a reader of it must fetch. parameters: of the model the planes stand for, unquantized ones included;
+    that a reader of it must fetch (not told for files that are neither here nor in MANIFEST.json). parameters: of the model the planes stand for, unquantized ones included;
     quantized: those in quantized modules. recipe: None if config.json has none that this matquant understands.
     """
 
@@ -145,10 +146,18 @@ def describe(folder: Path | str) -> Description:
         planes=checkpoint.planes,
         widths=checkpoint.widths,
         missing=checkpoint.missing,
-        file_bytes={bits: checkpoint.bytes_for(bits) for bits in (checkpoint.layout.widths if checkpoint.manifest else checkpoint.widths)},
+        file_bytes=_file_bytes(checkpoint),
         parameters=quantized + sum(prod(shape) for shape in checkpoint.base_shapes.values()),
         quantized=quantized,
         plans=checkpoint.plans,
         recipe=recipe,
         versions={str(name): str(version) for name, version in versions.items()} if isinstance(versions, dict) else {},
     )
+
+
+def _file_bytes(checkpoint: Checkpoint) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for bits in checkpoint.layout.widths:
+        with suppress(MissingPlanesError):
+            found[bits] = checkpoint.bytes_for(bits)
+    return found

@@ -41,16 +41,21 @@ def locate(folder: Path, name: str) -> Path:
     """
     if not safe_name(name):
         raise CheckpointError(f"{folder} names the file {name!r}; allowed: relative names of letters, digits and _ . + - inside the folder")
-    path, root = folder / name, folder.resolve()
+    path = folder / name
     try:
-        real = path.resolve()
-        kind = os.stat(real).st_mode if os.path.lexists(path) else None
+        kind = os.lstat(path).st_mode
+        if stat.S_ISREG(kind) and "/" not in name:
+            return path  # neither it nor a folder on the way is a link
+        root, real = folder.resolve(), path.resolve()
+        kind = os.stat(real).st_mode
+    except FileNotFoundError:
+        return path
     except (OSError, RuntimeError) as error:  # a loop of symlinks; RuntimeError before Python 3.13
         raise CheckpointError(f"{path} cannot be followed: {error}") from None
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(f"{path} is a link out of the checkpoint, to {real}; copy the file into the folder instead")
-    if kind is not None and not stat.S_ISREG(kind):
+    if not stat.S_ISREG(kind):
         raise CheckpointError(f"{path} is not a regular file")
     return path
 

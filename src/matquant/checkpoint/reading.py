@@ -35,7 +35,7 @@ from matquant.checkpoint.files import (
 )
 from matquant.checkpoint.format import Spec, expected, missing_of, needs, owner_of, parse_config, value_problem
 from matquant.codes import planes_needed
-from matquant.errors import CheckpointError, InputError, MatquantError, MissingPlanesError, choices
+from matquant.errors import CheckpointError, InputError, MatquantError, MissingPlanesError, PlanError, choices
 from matquant.packing import unpack_planes
 from matquant.plan import Layout, Shape
 from matquant.recipe import Recipe
@@ -109,10 +109,10 @@ class Checkpoint:
         return tuple(name for name in walk(self.folder) if name.startswith("plans/") and name.endswith(".json"))
 
     def check_widths(self, *bits: int) -> None:
-        """Raise InputError for a width that is not offered, MissingPlanesError for one whose plane files are not here."""
+        """Raise PlanError for a width that is not offered, MissingPlanesError for one whose plane files are not here."""
         for width in bits:
             if width not in self.layout.widths:
-                raise InputError(f"{self.folder} does not offer {width} bits; {choices(width, self.layout.widths)}")
+                raise PlanError(f"{self.folder} does not offer {width} bits; {choices(width, self.layout.widths)}")
             if (need := self._planes_for(width)) > self.planes:
                 files = [file for file in self.weight_files(width) if file in self.missing]
                 fetch = f"fetch {', '.join(files)}" if files else "the checkpoint was saved without them; fetch the full one"
@@ -150,9 +150,9 @@ class Checkpoint:
         )
 
     @property
-    def base(self) -> Mapping[str, Tensor]:
+    def base(self) -> "BaseTensors":
         """Lazy: the tensors that are not quantized."""
-        return _Base(self)
+        return BaseTensors(self)
 
     @property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -200,7 +200,9 @@ class Checkpoint:
         return sorted({name for name in listed if name not in set(self.index.values())} | set(self.weight_files(bits)))
 
     def bytes_for(self, bits: int) -> int:
-        """Bytes of `files_for`. Raises MissingPlanesError for a file that is not here and whose size no MANIFEST tells."""
+        """Bytes of `files_for`. Raises MissingPlanesError if that width was not saved, or no MANIFEST tells the size of a missing file."""
+        if self._planes_for(bits) > max(2, *self._needs.values()):
+            self.check_widths(bits)
         total = 0
         for name in self.files_for(bits):
             path = locate(self.folder, name)
@@ -219,7 +221,7 @@ class Checkpoint:
             list(pool.map(self._check_file, sorted({file for width in bits for file in self.weight_files(width)})))
 
 
-class _Base(Mapping[str, Tensor]):
+class BaseTensors(Mapping[str, Tensor]):
     """The unquantized tensors, fetched when asked for."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -339,6 +341,7 @@ def _shapes(spec: Spec, index: Mapping[str, str], need: Mapping[str, int], handl
             by_module[str(owner_of(tensor, by_module))].append(tensor)
     modules: dict[str, Shape] = {}
     for name, tensors in by_module.items():
+        tensors.sort(key=lambda tensor: not tensor.endswith(".weight"))  # it tells out, so its own fault is named first
         header = {tensor: handles[index[tensor]].get_slice(tensor) for tensor in tensors}
         found = header[f"{name}.weight"].get_shape()
         shape = Shape(found[1] if len(found) == 3 else 0, spec.inputs[name])
