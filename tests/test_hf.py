@@ -13,7 +13,7 @@ from building import build_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
@@ -22,7 +22,7 @@ from matquant import hf
 from matquant.checkpoint import Checkpoint
 from matquant.errors import CheckpointError, InputError, MissingPlanesError, PlanError
 from matquant.linear import NestedLinear
-from matquant.plan import BitPlan
+from matquant.plan import BitPlan, Shape
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight
 
@@ -309,6 +309,9 @@ def test_disk_offload(build: Build, tmp_path: Path, offload_buffers: bool) -> No
     torch.testing.assert_close(logits(model), logits(matquant.from_pretrained(folder, bits=4)))
     matquant.set_bits(model, 2)
     torch.testing.assert_close(logits(model), logits(matquant.from_pretrained(folder, bits=2)))
+    if offload_buffers:
+        with pytest.raises(InputError, match="cannot dequantize a model that is offloaded to disk"):
+            model.dequantize()
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -385,6 +388,21 @@ def test_float_codes_are_refused(copied: Callable[..., Path]) -> None:
     both_ways(folder, "F32")
 
 
+def test_a_state_dict_in_place_of_files_is_refused(build: Build) -> None:
+    """Its dtypes could not be checked before transformers casts them."""
+    config = AutoConfig.from_pretrained(build()[0])
+    with pytest.raises(InputError, match="loaded from a folder, not from a state dict"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict={"model.norm.weight": torch.ones(64)})
+
+
+def test_a_tensor_that_was_cast_is_refused() -> None:
+    """Also where transformers keeps a module in float32 by its name."""
+    layer = NestedLinear(Shape(8, 32), Recipe(group_size=32).layout)
+    layer.scale = layer.scale.float()
+    with pytest.raises(CheckpointError, match=r"down_proj.scale was loaded as torch.float32, not torch.float16"):
+        hf.check_values("down_proj", layer)
+
+
 @pytest.mark.parametrize("suffix", ["weight", "scale", "scale.2", "offset.2"])
 def test_a_missing_quantized_tensor_is_refused(copied: Callable[..., Path], suffix: str) -> None:
     """Trap 3: transformers leaves uninitialised memory and logs a line."""
@@ -444,7 +462,8 @@ def test_nothing_quantized_is_trainable(build: Build) -> None:
     for name in ("llama", "gpt2"):
         model = matquant.from_pretrained(build(name)[0])
         for layer in (module for module in model.modules() if isinstance(module, NestedLinear)):
-            assert not any(tensor.requires_grad for tensor in layer.state_dict(keep_vars=True).values())
+            assert not any(buffer.requires_grad for buffer in layer.buffers())
+            assert {name for name, _ in layer.named_parameters()} <= {"bias"}
     assert model.hf_quantizer.is_trainable is False and model.hf_quantizer.is_qat_trainable is False
 
 
@@ -502,7 +521,7 @@ def test_a_transformers_without_the_report_is_refused(build: Build, monkeypatch:
         matquant.from_pretrained(build()[0])
 
 
-def test_float_models_and_state_dicts_are_refused(build: Build, tiny: Callable[[str], Path]) -> None:
+def test_float_models_are_refused(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=matquant.MatquantConfig(bits=4))
     with pytest.raises(InputError, match="describes no matquant checkpoint"):

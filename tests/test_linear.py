@@ -7,7 +7,7 @@ import torch
 from building import round_to_nearest
 
 from matquant.codes import SLICINGS, planes_needed
-from matquant.errors import MissingPlanesError, PlanError
+from matquant.errors import InputError, MissingPlanesError, PlanError
 from matquant.kernels import reference
 from matquant.linear import NestedLinear
 from matquant.plan import Layout, Shape
@@ -114,6 +114,13 @@ def test_casting_the_model_leaves_scales_alone(cast, scale_dtype: str) -> None:
     assert torch.equal(layer.weight_at(2).dense(), dense)
     assert model[0].bias.dtype == model[1].weight.dtype
     assert model(torch.randn(2, 60, dtype=model[1].weight.dtype)).dtype == model[1].weight.dtype
+
+
+def test_input_cast_to_the_dtype_of_the_planes_is_refused() -> None:
+    layer = layer_of(recipe().layout)
+    unchecked = NestedLinear.forward.__wrapped__ if hasattr(NestedLinear.forward, "__wrapped__") else NestedLinear.forward
+    with pytest.raises(InputError, match=r"got torch.uint8 input; it needs floats"):
+        unchecked(layer, torch.ones(2, 60).to(layer.weight.dtype))
 
 
 def test_devices_move() -> None:

@@ -158,14 +158,14 @@ class MatquantHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         if not self.checked:  # a transformers that no longer calls the hook above would load damaged folders in silence
-            raise InputError("this version of transformers does not report missing tensors to matquant; install transformers 5.16 to 5.23")
+            raise InputError(
+                "this version of transformers does not report missing tensors to matquant; install transformers 5.23, with which it was tested"
+            )
         for path, bits in self.plan.items():
             layer = model.get_submodule(path)
             assert isinstance(layer, NestedLinear)
             check_values(path, layer)
             layer.set_bits(bits)
-            if layer.bias is not None:
-                layer.bias.requires_grad_(False)
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
         """Every NestedLinear becomes the layer it stands for (Conv1D in GPT-2, else its file would not load), at its current width."""
@@ -278,12 +278,13 @@ def from_pretrained(
     register()
     hub = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
     folder = locate(path_or_id, bits, keep, **hub)
-    choose(Checkpoint.open(folder), bits, keep)  # says what is wrong before transformers says something else
+    checkpoint = Checkpoint.open(folder)
+    choose(checkpoint, bits, keep)  # says what is wrong before transformers says something else
     code = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder, **code)
+    config = AutoConfig.from_pretrained(folder, **code)
     asked = {"default": bits.default, "layers": dict(bits.overrides)} if isinstance(bits, BitPlan) else bits
     # transformers takes widths only through the config (as keyword it hands them to the model's constructor)
-    config.quantization_config = {**config.quantization_config, "load": {"bits": asked, "keep": keep}}
+    config.quantization_config = {**checkpoint.config["quantization_config"], "load": {"bits": asked, "keep": keep}}
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map=device_map, **kwargs)
 
 
@@ -317,3 +318,6 @@ def set_bits(model: nn.Module, bits: int | BitPlan) -> None:
         layer.check_bits(plan.bits(path))
     for path, layer in layers.items():
         layer.set_bits(plan.bits(path))
+
+
+register()  # whoever imports this module first, `import matquant` or transformers.quantizers through it, finds it done

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matquant.codes import planes_needed
-from matquant.errors import MissingPlanesError, PlanError, choices
+from matquant.errors import InputError, MissingPlanesError, PlanError, choices
 from matquant.kernels import reference
 from matquant.packing import unpack_planes
 from matquant.plan import Layout, Shape
@@ -34,6 +34,9 @@ class NestedLinear(nn.Module):
     transposed: the layer it stands for stored its weight [in, out] (GPT-2's Conv1D); the planes never do.
     Buffers start uninitialised, to be filled by a loader; `from_weight` fills them.
     """
+
+    weight: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -125,6 +128,8 @@ class NestedLinear(nn.Module):
         return self.nested(self._needs(bits)).read(bits)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if not x.is_floating_point():  # model code that casts to layer.weight.dtype ends here instead of computing with bytes
+            raise InputError(f"a matquant layer got {x.dtype} input; it needs floats, so the model must not cast to the dtype of its weight")
         return reference.linear(x, self.weight_at(self._bits), self.bias)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
