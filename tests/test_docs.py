@@ -1,0 +1,92 @@
+"""Prose that can be run is run: commands parse, snippets compile, links lead somewhere, tables are those that the code makes."""
+
+import ast
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+from matquant.cli import application, commands
+from matquant.cli.flags import flag_name
+from matquant.recipe import Recipe
+
+REPO = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
+RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+
+
+def load_generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_docs", REPO / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [code for found, code in FENCE.findall(text) if found == language]
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    """(where, command line) of every `matquant ...` in a shell block of the documents or a comment of a recipe."""
+    found = [(path.name, line) for path in DOCUMENTS for code in blocks(path.read_text(), "sh") for line in code.splitlines()]
+    found += [(path.name, line.lstrip("# ")) for path in RECIPES for line in path.read_text().splitlines() if line.startswith("#")]
+    return [(name, line) for name, line in found if re.match(r"matquant \w", line)]
+
+
+def test_there_are_commands_to_check() -> None:
+    shown = {shlex.split(line)[1] for _, line in shown_commands()}
+    assert shown == set(commands.COMMANDS)
+
+
+@pytest.mark.parametrize(("where", "line"), shown_commands(), ids=lambda value: str(value)[:60])
+def test_a_shown_command_parses(where: str, line: str) -> None:
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    command: Any = typer.main.get_command(application(name)).commands[name]
+    command.make_context(name, arguments)  # parses and converts, runs nothing; raises on an unknown flag or a missing argument
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_python_snippets_compile(path: Path) -> None:
+    for code in blocks(path.read_text(), "python"):
+        ast.parse(code)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    prose = FENCE.sub("", path.read_text())
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
+        if not re.match(r"[a-z]+:", target):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/CLI.md"])
+def test_generated_parts_are_up_to_date(name: str) -> None:
+    text = (REPO / name).read_text()
+    assert "<!-- generated:" in text
+    assert load_generator().regenerate(text) == text, f"{name} is out of date; run `make docs`"
+
+
+def test_the_manual_has_every_command_and_every_recipe_flag() -> None:
+    text = (REPO / "docs" / "CLI.md").read_text()
+    for name in commands.COMMANDS:
+        assert f"<!-- generated: flags {name} -->" in text
+    for name in Recipe.__dataclass_fields__:
+        assert f"`{flag_name(name)}`" in text
+
+
+def test_readme_names_the_two_commands_first() -> None:
+    lines = [line.strip() for line in (REPO / "README.md").read_text().splitlines() if line.strip()]
+    assert [line.split("#")[0].strip() for line in lines[1:3]] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_loads_and_says_how_to_run_it(path: Path) -> None:
+    Recipe.load(path)
+    assert f"--recipe recipes/{path.name}" in path.read_text()
