@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from matquant import hf
 from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
 from matquant.plan import BitPlan, Layout, Shape
@@ -295,6 +294,8 @@ def evaluate(
     reference: the original model, loaded; its row comes first. dtype: float32 by default, because the rounding of 16-bit
     activations alone costs about as much KL as 8-bit weights do. Raises PlanError, MissingPlanesError, InputError, CheckpointError.
     """
+    from matquant import hf  # transformers takes seconds to import; tables and reports do not need it
+
     named = _named(plans)
     checkpoint = Checkpoint.open(folder)
     for _, plan in named:
@@ -322,4 +323,6 @@ def _named(plans: Sequence[BitPlan | int] | Mapping[str, BitPlan]) -> list[tuple
 
 
 def _switch(model: Any, plan: BitPlan) -> Callable[[], None]:
+    from matquant import hf
+
     return lambda: hf.set_bits(model, plan)
