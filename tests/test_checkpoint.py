@@ -366,6 +366,19 @@ def test_unknown_names_and_widths(tmp_path: Path) -> None:
     assert len(checkpoint.base) == 2 and checkpoint.base_shapes == {"model.embed_tokens.weight": (7, 3), "model.norm.weight": (3,)}
 
 
+def test_a_read_that_fails_has_a_name(tmp_path: Path) -> None:
+    save(tmp_path / "out")
+
+    class Broken:
+        def get_tensor(self, name: str) -> None:
+            raise OSError("Input/output error")
+
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    checkpoint = dataclasses.replace(checkpoint, _handles=dict.fromkeys(checkpoint._handles, Broken()))
+    with pytest.raises(CheckpointError, match=r"model-base.*: cannot read model.norm.weight: Input/output error"):
+        checkpoint.tensor("model.norm.weight")
+
+
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     for attempt in (Checkpoint.open, verify):
         with pytest.raises(InputError, match="is not a folder"):

@@ -103,9 +103,10 @@ def _plan_problems(checkpoint: Checkpoint) -> list[str]:
 class Description:
     """What a checkpoint holds.
 
-    planes: leading planes here; widths: readable with them; missing: weight files not here. file_bytes: width -> bytes
-    that a reader of it must fetch (not told for files that are neither here nor in MANIFEST.json). parameters: of the model the planes stand for, unquantized ones included;
-    quantized: those in quantized modules. recipe: None if config.json has none that this matquant understands.
+    planes: leading planes here. widths: readable with them. missing: weight files not here. bits: the default read.
+    file_bytes: width -> bytes that a reader of it must fetch; without widths whose files are neither here nor in
+    MANIFEST.json. parameters: of the model, unquantized ones included; quantized: those in quantized modules.
+    recipe: None if config.json has none that this matquant understands.
     """
 
     folder: Path

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -151,16 +152,16 @@ def _write_family(folder: Path, label: str, names: Sequence[str], tensors: Mappi
 
 def _shards(names: Sequence[str], tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
-    held = 0
+    held, taken = 0, set[int]()
     for name in names:
         tensor = tensors[name].detach().cpu()
         if shard and held + tensor.nbytes > limit:
             yield shard
-            shard, held = {}, 0
-        # a copy, where tensors share storage: safetensors refuses those
-        alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        taken = any(other.data_ptr() == tensor.data_ptr() for other in shard.values()) if alone else True
-        shard[name] = tensor.contiguous().clone() if taken else tensor
+            shard, held, taken = {}, 0, set()
+        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in taken:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)  # safetensors refuses tensors that share storage
+        shard[name] = tensor
+        taken.add(tensor.data_ptr())
         held += tensor.nbytes
     if shard:
         yield shard
