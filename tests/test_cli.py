@@ -99,6 +99,18 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert result.returncode in (0, 1) and "Traceback" not in result.stderr
 
 
+def test_interrupted_says_how_to_continue(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(recipe: Any, model: str = cli.commands.typer.Argument(...), overwrite: bool = cli.commands.typer.Option(False)) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.commands.COMMANDS, "quantize", stopped)
+    message = fails(capsys, 130, "quantize", "my model", "--overwrite", "--seed", "3")
+    assert message == "error: interrupted; to continue: matquant quantize 'my model' --seed 3 --resume"
+    monkeypatch.setattr(doctor, "examine", stopped)
+    monkeypatch.setitem(cli.commands.COMMANDS, "doctor", lambda: stopped(None))
+    assert fails(capsys, 130, "doctor") == "error: interrupted"
+
+
 # --- recipes from flags ---------------------------------------------------------------------------------------------
 
 
@@ -195,6 +207,22 @@ def test_doctor(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "note: HF_HUB_OFFLINE is set" in capsys.readouterr().out
 
 
+def test_doctor_names_gpus(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "mem_get_info": (10**9, 2 * 10**9),
+        "get_device_capability": (9, 0),
+        "get_device_name": "H200",
+    }
+    for name, value in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert main(["doctor"]) == 0
+    assert "CUDA: H200 (compute 9.0), 1 GB of 2 GB free" in capsys.readouterr().out
+
+
 def test_doctor_of_a_poor_machine() -> None:
     facts = {"extras": {}, "environment": {}, "ram_free_bytes": 2**30}
     assert doctor.problems(facts) == ["less than 2 GiB of memory is free"]
@@ -269,7 +297,8 @@ def test_generate_says_what_transformers_says(checkpoint: Path, capsys: Capture)
 
 def test_generate_samples_by_seed(checkpoint: Path, capsys: Capture) -> None:
     texts = [
-        answer(capsys, "generate", str(checkpoint), "hello", "--temperature", "1", "--seed", seed, "--max-new-tokens", "12")["text"] for seed in ("1", "1", "2")
+        answer(capsys, "generate", str(checkpoint), "hello", "--temperature", "1", "--seed", seed, "--max-new-tokens", "12")["text"]
+        for seed in ("1", "1", "2")
     ]
     assert texts[0] == texts[1] != texts[2]
 
@@ -300,7 +329,7 @@ def test_an_absent_accelerator_is_a_matter_of_resources() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, so no device is absent")
-    with pytest.raises(ResourceError, match="device cuda:0 is not usable here .*; use --device cpu"):
+    with pytest.raises(ResourceError, match=r"device cuda:0 is not usable here .*; use --device cpu"):
         run.check_device("cuda:0")
 
 
@@ -361,5 +390,3 @@ def test_broken_values_are_refused_by_the_parsers() -> None:
     with pytest.raises(RecipeError):
         flags.parse_targets("8:1:2")
     assert flags.value_text({8: 100.0, 2: 0.5}) == "8:100,2:0.5" and flags.value_text(()) == "none"
-
-
