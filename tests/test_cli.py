@@ -390,3 +390,66 @@ def test_broken_values_are_refused_by_the_parsers() -> None:
     with pytest.raises(RecipeError):
         flags.parse_targets("8:1:2")
     assert flags.value_text({8: 100.0, 2: 0.5}) == "8:100,2:0.5" and flags.value_text(()) == "none"
+
+
+# --- quantize -------------------------------------------------------------------------------------------------------
+
+SMALL = ["--group-size", "32", "--num-samples", "4", "--seq-len", "32", "--eval-samples", "2"]
+
+
+def test_quantize(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    command = ["quantize", str(tiny("llama")), "-o", str(out), *SMALL, "--calibration", str(text)]
+    assert main(command) == 0
+    stdout, stderr = capsys.readouterr()
+    assert "model.layers.1.mlp.down_proj" in stdout and "perplexity" in stdout and f"written to {out}" in stdout
+    assert "peak memory" in stdout and "(" in stdout and "quantizing 0:" in stdout
+    assert "quantizing 2/2" in stderr and "model.layers.0.mlp.gate_proj  8: " in stderr
+    assert main(["verify", str(out)]) == 0
+    assert answer(capsys, "inspect", str(out))["widths"] == [8, 6, 4, 3, 2]
+    assert answer(capsys, "generate", str(out), "ab", "--bits", "4", "--max-new-tokens", "2")["tokens"] <= 2
+    assert "exists already" in fails(capsys, 3, *command)
+    report = answer(capsys, *command, "--overwrite")
+    assert report["folder"] == str(out)
+    assert report == {"folder": str(out)} | json.loads((out / "report.json").read_text())
+    assert [row["label"] for row in report["rows"]] == ["32", "8", "6", "4", "3", "2"]
+
+
+def test_dry_run_writes_nothing(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
+    command = ["quantize", str(tiny("mixtral")), "-o", str(tmp_path / "out"), *SMALL, "--dry-run"]
+    found = answer(capsys, *command)
+    assert found["layers"] == 8 and found["seconds"] > 0 and found["memory_bytes"] > 0
+    assert set(found["bits_per_weight"]) == {"8", "6", "4", "3", "2"} and found["skipped"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "8 layers to quantize" in out and "left as it is because" in out and "nothing was written" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantize_refuses(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
+    def refused(code: int, model: object, *more: str) -> str:
+        message = fails(capsys, code, "quantize", str(model), "-o", str(tmp_path / "out"), *SMALL, *more)
+        assert not (tmp_path / "out").exists()
+        return message
+
+    binary, empty = tmp_path / "binary.txt", tmp_path / "empty.txt"
+    binary.write_bytes(bytes(range(256)))
+    empty.write_text("")
+    llama = tiny("llama")
+    assert "no model '/no/such'" in refused(3, "/no/such")
+    assert "group size 40 does not divide 64 input channels of model.layers.0.self_attn.q_proj" in refused(3, llama, "--group-size", "40")
+    assert "is not text" in refused(3, llama, "--calibration", str(binary), "--overwrite")
+    assert "is empty" in refused(3, llama, "--calibration", str(empty), "--overwrite")
+    assert "contradict" in refused(3, llama, "--resume", "--overwrite")
+    assert "dtype is 'int7'" in refused(2, llama, "--dtype", "int7")
+    assert "device is 'gpu'" in refused(2, llama, "--device", "gpu")
+
+
+def test_flags_of_a_run_have_the_library_s_defaults() -> None:
+    import inspect
+
+    from matquant.pipeline import RunOptions
+
+    parameters = inspect.signature(cli.commands.quantize).parameters
+    assert {field.name: parameters[field.name].default.default for field in fields(RunOptions)} == vars(RunOptions())

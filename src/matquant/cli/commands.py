@@ -40,14 +40,15 @@ def quantize(
 ) -> None:
     """Quantize a model once into one nested checkpoint."""
     from matquant import pipeline
-    from matquant.cli import show
+    from matquant.cli import run, show
 
+    run.prepare(device, dtype)
     options = pipeline.RunOptions(device, dtype, gguf_file, revision, trust_remote_code, resume, overwrite, eval_text)
     if dry_run:
         return show.estimate(pipeline.estimate(model, recipe, options), as_json)
     with show.Progress() as progress:
         report = pipeline.quantize(model, output, recipe, options, progress)
-    show.report(report, output, as_json)
+    show.report(report, output, progress.summary(), as_json)
 
 
 def evaluate(

@@ -41,14 +41,13 @@ class Setup:
     trust_remote_code: bool
 
 
-def check_dtype(dtype: str) -> str:
+def check_dtype(dtype: str) -> None:
     """Raises RecipeError."""
     if dtype not in DTYPES:
         raise RecipeError(f"dtype is {dtype!r}; {choices(dtype, DTYPES)}")
-    return dtype
 
 
-def check_device(device: str) -> str:
+def check_device(device: str) -> None:
     """Raises RecipeError for no device at all, ResourceError for one that this machine lacks."""
     import torch
 
@@ -59,13 +58,14 @@ def check_device(device: str) -> str:
         if kind in ("cuda", "mps", "xpu"):
             raise ResourceError(f"device {device} is not usable here ({str(error).splitlines()[0]}); use --device cpu") from None
         raise RecipeError(f"device is {device!r}; give cpu, cuda or cuda:N") from None
-    return device
 
 
-def quiet() -> None:
-    """Keep transformers' own bars and advice off stderr; what matters to the user is said by us."""
+def prepare(device: str, dtype: str) -> None:
+    """Check where and in which type to compute, and keep transformers' own bars and advice off stderr: what matters, we say."""
     from transformers.utils import logging
 
+    check_dtype(dtype)
+    check_device(device)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -74,9 +74,8 @@ def load_model(folder: str, bits: "int | BitPlan | None", device: str, dtype: st
     """A checkpoint whose layers read their planes. Raises as matquant.from_pretrained."""
     import matquant
 
-    quiet()
-    check_dtype(dtype)
-    return matquant.from_pretrained(folder, bits, dtype=dtype, device_map=check_device(device)).eval()
+    prepare(device, dtype)
+    return matquant.from_pretrained(folder, bits, dtype=dtype, device_map=device).eval()
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -148,7 +147,7 @@ def evaluate(
     from matquant.cli.flags import parse_bits
     from matquant.plan import BitPlan
 
-    check_dtype(setup.dtype), check_device(setup.device)
+    prepare(setup.device, setup.dtype)
     wanted = parse_bits(bits) if bits else ()
     named = {str(r): BitPlan(r) for r in wanted} | {path.stem: BitPlan.load(path) for path in plans}
     widest = max((max(plan.default, *plan.overrides.values(), 0) for plan in named.values()), default=None)
@@ -166,7 +165,6 @@ def load_original(model: str, gguf_file: str | None, setup: Setup) -> Any:
     """The original model, dense. Raises as matquant.models."""
     from matquant import models
 
-    quiet()
     folder = models.resolve(model, None)
     return models.load_dense(model, folder, gguf_file, setup.trust_remote_code, setup.dtype).to(setup.device)
 
@@ -179,9 +177,9 @@ def sequences_for(
     from matquant.evaluate import Protocol, windows
 
     count = max(1, setup.max_tokens // setup.seq_len)
-    bos = leading_token(tokenizer)
+    bos = calibration.leading_token(tokenizer)
     if text is not None:
-        ids = calibration.token_stream(tokenizer, calibration.read_texts(text), None)
+        ids = calibration.token_stream(tokenizer, calibration.read_texts(text))
         sequences = windows(ids, setup.seq_len, bos, count)
         return sequences, Protocol.of(sequences, bos, text)
     model = original if original is not None else load_model(folder, None, setup.device, setup.dtype)
@@ -190,9 +188,3 @@ def sequences_for(
     sequences = calibration.sample_windows(model, start, count, setup.seq_len, setup.seed, sampling)
     who = "the original" if original is not None else "the checkpoint at its widest"
     return sequences, Protocol.of(sequences, start, f"sampled from {who}, seed {setup.seed}")
-
-
-def leading_token(tokenizer: Any) -> int | None:
-    """The token that this tokenizer puts before every text by itself, or None."""
-    ids = tokenizer("a").input_ids
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None

@@ -2,10 +2,11 @@
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +19,11 @@ from matquant.checkpoint import Description
 from matquant.cli.run import Completion
 from matquant.evaluate import Protocol, Row
 from matquant.report import Report, Table, layer_rows, quality_rows, size, skipped_rows
+
+if TYPE_CHECKING:
+    from matquant.estimate import Estimate
+
+QUIET_SECONDS = 20  # between two lines about one stage where there is no bar
 
 
 def emit(value: Any) -> None:
@@ -147,7 +153,8 @@ def protocol_line(protocol: Protocol) -> str:
 # --- quantize -------------------------------------------------------------------------------------------------------
 
 
-def report(found: Report, folder: Path, as_json: bool) -> None:
+def report(found: Report, folder: Path, run: str, as_json: bool) -> None:
+    """run: what it took, for the closing line."""
     if as_json:
         return emit({"folder": str(folder)} | found.to_dict())
     say("relative output error of every layer, on the calibration text")
@@ -158,20 +165,51 @@ def report(found: Report, folder: Path, as_json: bool) -> None:
         say("")
         draw(quality_rows(found.rows))
         say(protocol_line(found.protocol))
-    say(f"written to {folder}; next: matquant generate {folder} 'Once upon a time' --bits 4")
+    say(run, f"written to {folder}; next: matquant generate {folder} 'Once upon a time' --bits 4")
+
+
+def estimate(found: "Estimate", as_json: bool) -> None:
+    if as_json:
+        return emit(asdict(found))
+    say(f"{found.model}: {found.layers} layers to quantize, {found.weights:,} weights")
+    sizes = [[str(r), f"{found.bits_per_weight[r]:.2f}", size(count)] for r, count in found.read_bytes.items()]
+    draw(Table(["bits", "bits/weight", "quantized part"], sizes))
+    if found.skipped:
+        draw(skipped_rows(found.skipped), left=2)
+    say(
+        f"folder {size(found.file_bytes)}; roughly {clock(found.seconds)} and {size(found.memory_bytes)} of memory on this machine",
+        "nothing was written",
+    )
+
+
+def clock(seconds: float) -> str:
+    """0:07, 12:34 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 # --- progress -------------------------------------------------------------------------------------------------------
 
 
 class Progress:
-    """A bar with the time left, on stderr; plain lines, one a stage, where stderr is no terminal."""
+    """A bar with the time left and the peak memory, on stderr; plain lines where stderr is no terminal."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        memory = TextColumn("{task.fields[memory]}")
+        self.bar = Bar(*columns, memory, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.tasks: dict[str, TaskID] = {}
+        self.seconds: dict[str, float] = {}
+        self.last = self.told = time.monotonic()
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -181,13 +219,33 @@ class Progress:
         self.bar.stop()
 
     def __call__(self, stage: str, done: int, of: int) -> None:
-        """`done` of `of` steps of a stage are finished."""
+        """`done` of `of` steps of a stage are finished. The time since the last call went into it, or into none if it only starts."""
+        now = time.monotonic()
+        doing = stage if done else "other"
+        self.seconds[doing] = self.seconds.get(doing, 0.0) + now - self.last
+        self.last = now
         if stage not in self.tasks:
-            self.tasks[stage] = self.bar.add_task(stage, total=of)
-            if not self.console.is_terminal:
-                self.line(stage)
-        self.bar.update(self.tasks[stage], completed=done, total=of)
+            self.tasks[stage] = self.bar.add_task(stage, total=of, memory="")
+        self.bar.update(self.tasks[stage], completed=done, total=of, memory=f"peak {size(peak_memory())}")
+        if not self.console.is_terminal and (done in (0, of) or now - self.told > QUIET_SECONDS):
+            self.told = now
+            self.line(f"{stage} {done}/{of}")
 
     def line(self, text: str) -> None:
         """A line that stays."""
         self.console.print(Text(text), highlight=False, soft_wrap=True)
+
+    def summary(self) -> str:
+        """What the run took: time by stage and memory."""
+        rest = time.monotonic() - self.last
+        seconds = self.seconds | {"other": self.seconds.get("other", 0.0) + rest}
+        parts = ", ".join(f"{stage} {clock(spent)}" for stage, spent in seconds.items())
+        return f"time {clock(sum(seconds.values()))} ({parts}); peak memory {size(peak_memory())}"
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most (Linux counts kilobytes, macOS bytes)."""
+    import resource  # has no counterpart on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
