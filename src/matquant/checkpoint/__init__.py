@@ -8,7 +8,18 @@ checking.py   verify and describe
 """
 
 from matquant.checkpoint.checking import Description, describe, verify
-from matquant.checkpoint.reading import Checkpoint
-from matquant.checkpoint.writing import module_tensors, quantization_config, write
+from matquant.checkpoint.reading import Checkpoint, nested_weight
+from matquant.checkpoint.writing import add_files, module_tensors, quantization_config, write, writing_error
 
-__all__ = ["Checkpoint", "Description", "describe", "module_tensors", "quantization_config", "verify", "write"]
+__all__ = [
+    "Checkpoint",
+    "Description",
+    "add_files",
+    "describe",
+    "module_tensors",
+    "nested_weight",
+    "quantization_config",
+    "verify",
+    "write",
+    "writing_error",
+]

@@ -8,7 +8,7 @@ Files of planes that a width does not need are never read, hashed or not.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,17 +137,7 @@ class Checkpoint:
         else:
             self.check_widths(bits)
             planes, refits = self._planes_for(bits), [r for r in self.layout.refit_widths if r == bits]
-        grid, in_features = self.layout.grid, self.modules[name].in_features
-        parts = [self._value(name, "weight"), *(self._value(name, f"plane.{k}")[None] for k in range(2, planes))]
-        return NestedWeight(
-            codes=unpack_planes(torch.cat(parts), in_features, grid.bits),
-            scale=self._value(name, "scale"),
-            zero=None if grid.symmetric else self._value(name, "zero"),
-            grid=grid,
-            slicing=self.layout.slicing,
-            refits={r: Refit(self._value(name, f"scale.{r}"), self._value(name, f"offset.{r}")) for r in refits},
-            planes=planes,
-        )
+        return nested_weight(lambda suffix: self._value(name, suffix), self.layout, self.modules[name].in_features, planes, refits)
 
     @property
     def base(self) -> "BaseTensors":
@@ -219,6 +209,21 @@ class Checkpoint:
         self.check_widths(*bits)
         with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
             list(pool.map(self._check_file, sorted({file for width in bits for file in self.weight_files(width)})))
+
+
+def nested_weight(value: Callable[[str], Tensor], layout: Layout, in_features: int, planes: int, refits: Iterable[int]) -> NestedWeight:
+    """The weight whose stored tensors `value` gives by suffix: the inverse of `module_tensors`."""
+    grid = layout.grid
+    parts = [value("weight"), *(value(f"plane.{k}")[None] for k in range(2, planes))]
+    return NestedWeight(
+        codes=unpack_planes(torch.cat(parts), in_features, grid.bits),
+        scale=value("scale"),
+        zero=None if grid.symmetric else value("zero"),
+        grid=grid,
+        slicing=layout.slicing,
+        refits={r: Refit(value(f"scale.{r}"), value(f"offset.{r}")) for r in refits},
+        planes=planes,
+    )
 
 
 class BaseTensors(Mapping[str, Tensor]):

@@ -98,12 +98,38 @@ def write(
         _sync(folder.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        code = _errno(error)
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"no space left to write {folder} ({os.strerror(code)}); free some, or choose another output folder") from None
-        if code is not None:
-            raise InputError(f"cannot write {folder}: {error}; choose another output folder") from None
-        raise
+        raise writing_error(error, folder, "choose another output folder") from None
+
+
+def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put more files (a report, a model card) into a finished checkpoint and into its MANIFEST. Raises as `write`."""
+    _check_files(files)
+    try:
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _replace(folder / name, data)
+        manifest = Manifest.load(folder)
+        known = {} if manifest is None else manifest.files
+        fresh = Manifest.of(folder, [name for name in walk(folder) if name != MANIFEST and (name in files or name not in known)])
+        _replace(folder / MANIFEST, Manifest(dict(sorted({**known, **fresh.files}.items()))).to_bytes())
+    except OSError as error:
+        raise writing_error(error, folder, "choose another output folder") from None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def writing_error(error: BaseException, place: Path, advice: str) -> BaseException:
+    """What to raise for `error` met while writing to `place`: a named error if the system refused, else `error` itself."""
+    code = _errno(error)
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceError(f"no space left to write {place} ({os.strerror(code)}); free some, or {advice}")
+    return error if code is None else InputError(f"cannot write {place}: {error}; {advice}")
 
 
 def _fill(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], files: Mapping[str, bytes], limit: int) -> None:

@@ -1,0 +1,262 @@
+"""Text -> windows of tokens -> activations, block by block.
+
+A block is called exactly as the model calls it: its arguments (masks, rotary embeddings, whatever an architecture passes) are
+recorded once, on the first sequence, with every block standing in as an identity. All sequences have one length and no padding,
+so these arguments serve for every sequence; only the hidden state differs.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from matquant.errors import InputError
+
+TEXT_KEYS = ("text", "content", "page", "messages")
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def read_texts(spec: str) -> list[str]:
+    """Documents of FILE.txt (one), FILE.jsonl (one a line) or hf:DATASET[:SPLIT]. Raises InputError."""
+    if spec.startswith("hf:"):
+        return _read_dataset(spec[3:])
+    path = Path(spec)
+    if not path.is_file():
+        raise InputError(f"no calibration file {spec}; give FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT] or self")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{spec} is not text: byte {error.start} is not UTF-8; give a text file") from None
+    except OSError as error:
+        raise InputError(f"cannot read {spec}: {error}") from None
+    if "\0" in text:
+        raise InputError(f"{spec} is not text: it holds zero bytes; give a text file")
+    if not text.strip():
+        raise InputError(f"{spec} is empty; give a file with text")
+    return _read_jsonl(spec, text) if path.suffix in (".jsonl", ".json") else [text]
+
+
+def _read_jsonl(spec: str, text: str) -> list[str]:
+    documents: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{spec}, line {number}: not JSON ({error}); give one object a line") from None
+        documents.append(_document(row, f"{spec}, line {number}"))
+    return documents
+
+
+def _document(row: Any, where: str) -> str:
+    for key in TEXT_KEYS:
+        value = row.get(key) if isinstance(row, dict) else None
+        if isinstance(value, str):
+            return value
+        if key == "messages" and isinstance(value, list):
+            return "\n".join(str(message.get("content", "")) for message in value if isinstance(message, dict))
+    raise InputError(f"{where}: no text found; a row needs one of the keys {', '.join(TEXT_KEYS)}")
+
+
+def _read_dataset(spec: str) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError("hf:DATASET needs the datasets package; pip install 'matquant[data]', or give a text file") from None
+    name, _, split = spec.partition(":")
+    try:
+        rows = load_dataset(name, split=split or "train", streaming=True)
+        return [_document(row, f"hf:{spec}") for _, row in zip(range(2000), rows, strict=False)]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load the dataset {name!r}: {str(error).splitlines()[0][:200]}") from None
+
+
+def leading_token(tokenizer: Any) -> int | None:
+    """The token that this tokenizer puts before every text by itself, or None."""
+    ids = tokenizer("a").input_ids
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def token_stream(tokenizer: Any, texts: Sequence[str]) -> Int[Tensor, " tokens"]:
+    """All documents, one after another with an empty line between, without special tokens."""
+    return torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+
+
+def choose_windows(
+    tokens: Int[Tensor, " tokens"], seq_len: int, train: int, held_out: int, seed: int, spec: str, bos: int | None
+) -> tuple[Int[Tensor, "train length"], Int[Tensor, "held length"]]:
+    """Disjoint windows of `seq_len` tokens: up to `train` of them to calibrate on, up to `held_out` others to report on.
+
+    Each is led by `bos` where the tokenizer has one that it prepends itself. The last windows of the text are held out, the
+    rest is sampled without repetition; a short text is split in the proportion asked for. Raises InputError if it is shorter
+    than one sequence of each kind.
+    """
+    step = seq_len - (bos is not None)
+    available, needed = len(tokens) // step, (train > 0) + (held_out > 0)
+    if available < needed:
+        raise InputError(f"{spec} has {len(tokens)} tokens, fewer than {needed} sequences of {seq_len}; give more text, or a smaller --seq-len")
+    cut = tokens[: available * step].reshape(available, step)
+    if bos is not None:
+        cut = torch.cat([torch.full((available, 1), bos), cut], 1)
+    held = min(held_out, max(available * held_out // (train + held_out), 1)) if held_out else 0
+    pool = range(available - held)
+    chosen = sorted(random.Random(seed).sample(pool, min(train, len(pool))))
+    return cut[chosen], cut[available - held :]
+
+
+def sample_windows(model: Any, start: int, count: int, seq_len: int, seed: int, on_token: Callable[[int, int], None]) -> Int[Tensor, "count length"]:
+    """Text that the model makes itself: `count` sequences sampled at temperature 1 from `start`, deterministic for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((count, 1), start, dtype=torch.long, device=model.device)
+    cache, step = None, ids
+    with torch.inference_mode():
+        for position in range(1, seq_len):
+            output = model(step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+            step = torch.multinomial(probabilities, 1, generator=generator).to(ids.device)
+            ids = torch.cat([ids, step], 1)
+            on_token(position + 1, seq_len)
+    return ids.cpu()
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one block: everything but the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    named: bool  # the hidden state is passed by name
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        result = block(*self.args, hidden_states=hidden, **self.kwargs) if self.named else block(hidden, *self.args, **self.kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+
+class _Stop(Exception):
+    """Raised inside the model's forward once the blocks have been passed."""
+
+
+def record(
+    model: nn.Module, blocks: nn.ModuleList, windows: Int[Tensor, "samples length"], device: torch.device
+) -> tuple[list[Call], list[Float[Tensor, "1 length hidden"]]]:
+    """(how each block is called, the first block's input for every window). Block 0 and all around it must hold real weights."""
+    calls: list[Call] = []
+    hidden: list[Tensor] = []
+    tuples = False
+
+    def enter(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            nonlocal tuples
+            named = "hidden_states" in kwargs
+            x = kwargs.pop("hidden_states") if named else args[0]
+            rest = args if named else args[1:]
+            if index == 0:
+                hidden.append(x.detach())
+                if calls:
+                    raise _Stop
+                result = original(*args, hidden_states=x, **kwargs) if named else original(*args, **kwargs)
+                tuples = isinstance(result, tuple)
+            calls.append(Call(rest, kwargs, named))
+            if index == len(blocks) - 1:
+                raise _Stop
+            return (x, *[None] * 4) if tuples else x
+
+        return stand_in
+
+    originals = [block.forward for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = enter(index, originals[index])
+        with torch.inference_mode():
+            for window in windows:
+                _run_until_stop(model, window[None].to(device))
+    finally:
+        for block in blocks:
+            del block.forward  # uncovers the class's own
+    return calls, hidden
+
+
+def _run_until_stop(model: nn.Module, ids: Tensor) -> None:
+    try:
+        model(ids, use_cache=False)
+    except _Stop:
+        return
+    raise InputError("the model never called its decoder blocks; its architecture cannot be walked block by block")
+
+
+@dataclass
+class Moments:
+    """Second moments of one layer's inputs, H = mean of x x^T over tokens. Layers that share an input share a `Moments`."""
+
+    total: Float[Tensor, "in in"]
+    tokens: int = 0
+
+    @property
+    def h(self) -> Float[Tensor, "in in"]:
+        return self.total / max(self.tokens, 1)
+
+
+def input_moments(
+    block: nn.Module, call: Call, hidden: Sequence[Tensor], names: Sequence[str], prefix: str
+) -> tuple[dict[str, Moments], dict[str, str]]:
+    """(Moments by leader, layer -> leader) of the named layers over all hidden states.
+
+    Layers that are handed the very same tensor (q, k, v; gate, up) have one H; the first of them leads. A layer that is never
+    called (an expert no token reached) has no leader.
+    """
+    layers = {name: block.get_submodule(name.removeprefix(prefix + ".")) for name in names}
+    moments: dict[str, Moments] = {}
+    leader: dict[str, str] = {}
+    seen: list[tuple[Tensor, str]] = []  # of the call under way; holding the tensor keeps its identity its own
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if name not in leader:
+                leader[name] = next((other for tensor, other in seen if tensor is x), name)
+            seen.append((x, leader[name]))
+            if leader[name] == name:
+                flat = x.detach().reshape(-1, x.shape[-1]).float()
+                own = moments.setdefault(name, Moments(flat.new_zeros(flat.shape[1], flat.shape[1])))
+                own.total.addmm_(flat.T, flat)
+                own.tokens += len(flat)
+
+        return hook
+
+    with _hooks(layers, observe), torch.inference_mode():
+        for x in hidden:
+            seen.clear()
+            call(block, x)
+    seen.clear()
+    return moments, leader
+
+
+@contextmanager
+def _hooks(layers: dict[str, nn.Module], make: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(make(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def propagate(block: nn.Module, call: Call, hidden: list[Tensor]) -> None:
+    """Replace every hidden state by the block's output on it, in place, one at a time."""
+    with torch.inference_mode():
+        for index, x in enumerate(hidden):
+            hidden[index] = call(block, x)
