@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -154,7 +155,7 @@ def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException as error:
+    except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise writing_error(error, path, "continue with --resume afterwards") from None
 
