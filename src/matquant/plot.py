@@ -1,0 +1,99 @@
+"""Quality against size as SVG. Needs matplotlib (pip install 'matquant[plot]'); nothing else does."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from matquant.evaluate import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 6.4, 3.2  # inches of one panel
+COLOR, GRAY = "#1f5fa8", "#666666"
+# Fixed salt: matplotlib numbers the elements of an SVG at random otherwise, and equal runs must give equal bytes. Text stays
+# text (searchable, small), in whatever plain font the reader has.
+STYLE = {
+    "svg.hashsalt": "matquant",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None
+
+
+def quality_svg(rows: Sequence[Row]) -> bytes | None:
+    """KL to the original and perplexity against bits per weight; None without matplotlib, or with nothing to draw.
+
+    Both axes of quality are logarithmic: a width less costs about a constant factor. Equal rows give equal bytes.
+    """
+    reads = sorted((row for row in rows if not _is_original(row)), key=lambda row: row.bits_per_weight)
+    if not reads or not available():
+        return None
+    import matplotlib as mpl
+
+    content = BytesIO()
+    with mpl.rc_context(STYLE):
+        figure = _figure(reads, next((row.perplexity for row in rows if _is_original(row)), None))
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": "matquant", "Title": "Quality at every width"})
+    return content.getvalue()
+
+
+def _figure(reads: Sequence[Row], original: float | None) -> "Figure":
+    from matplotlib.figure import Figure
+
+    compared = [row for row in reads if row.kl is not None and row.kl > 0]
+    panels = 2 if compared else 1
+    figure = Figure(figsize=(WIDTH, HEIGHT * panels), layout="constrained", facecolor="white")
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    if compared:
+        _panel(axes[0], compared, [row.kl or 0.0 for row in compared], "KL to the original (nats)")
+    _panel(axes[-1], reads, [row.perplexity for row in reads], "perplexity")
+    if original is not None:
+        axes[-1].axhline(original, color=GRAY, linestyle="--", linewidth=1)
+        axes[-1].annotate("original", (1, original), xycoords=("axes fraction", "data"), ha="right", va="top", color=GRAY)
+    axes[-1].set_xlabel("bits per quantized weight, scales included")
+    return figure
+
+
+def _is_original(row: Row) -> bool:
+    return row.bits is not None and row.bits > 8
+
+
+def _panel(axes: "Axes", rows: Sequence[Row], values: Sequence[float], title: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    points = [(row, row.bits_per_weight, value) for row, value in zip(rows, values, strict=True)]
+    uniform = [(x, y) for row, x, y in points if row.bits is not None]
+    axes.plot([x for x, _ in uniform], [y for _, y in uniform], color=COLOR, linewidth=1.2, alpha=0.5)
+    for row, x, y in points:
+        mixed = row.bits is None  # a hollow point off the line, named below it
+        axes.scatter([x], [y], edgecolors=COLOR, facecolors="white" if mixed else COLOR, s=22, zorder=3)
+        beside = {"xytext": (-5, -12), "ha": "right"} if mixed else {"xytext": (5, 4)}
+        axes.annotate(_name(row), (x, y), textcoords="offset points", color=COLOR, **beside)
+    axes.set_yscale("log")
+    wide = max(values) > 20 * min(values)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.margins(0.08, 0.16)
+
+
+def _name(row: Row) -> str:
+    return f"{row.label} bits" if row.label.isdigit() else row.label
+
+
+def _tick(value: float, _: Any) -> str:
+    return f"{value:g}" if 1e-4 <= value < 1e5 else f"{value:.0e}"
