@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,7 @@ from matquant.report import LayerReport
 from matquant.weight import NestedWeight, Refit
 
 
+@runtime_checkable  # shape checkers ask isinstance
 class Progress(Protocol):
     """What a caller may pass to follow a run."""
 

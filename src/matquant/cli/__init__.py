@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(args: Sequence[str]) -> int:
-    again = [arg for arg in args if arg not in ("--resume", "--overwrite")] + ["--resume"]
+    again = [arg for arg in args if arg != "--resume"] + ["--resume"]
     hint = f"; to continue: {shlex.join(['matquant', *again])}" if "quantize" in args[:1] and "--dry-run" not in args else ""
     return _fail(f"interrupted{hint}", INTERRUPTED)
 

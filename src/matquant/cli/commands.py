@@ -34,7 +34,7 @@ def quantize(
     trust_remote_code: bool = REMOTE,
     dry_run: bool = typer.Option(False, "--dry-run", help="print layers, bytes, time and memory; write nothing"),
     resume: bool = typer.Option(False, "--resume", help="continue an interrupted run of the same recipe"),
-    overwrite: bool = typer.Option(False, "--overwrite", help="replace the output folder, or start an interrupted run over"),
+    overwrite: bool = typer.Option(False, "--overwrite", help="replace the output folder; start an interrupted run over, unless --resume"),
     eval_text: Path | None = typer.Option(None, metavar="FILE", help="text for the report instead of held-out calibration text", show_default=False),
     as_json: bool = JSON,
 ) -> None:
