@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 6.4, 3.2  # inches of one panel
 COLOR, GRAY = "#1f5fa8", "#666666"
+HOPELESS = 1e12  # no perplexity is drawn above this one
 # Fixed salt: matplotlib numbers the elements of an SVG at random otherwise, and equal runs must give equal bytes. Text stays
 # text (searchable, small), in whatever plain font the reader has.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "matquant",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -57,7 +58,7 @@ def _figure(reads: Sequence[Row], original: float | None) -> "Figure":
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     if compared:
         _panel(axes[0], compared, [row.kl or 0.0 for row in compared], "KL to the original (nats)")
-    _panel(axes[-1], reads, [row.perplexity for row in reads], "perplexity")
+    _panel(axes[-1], reads, [min(row.perplexity, HOPELESS) for row in reads], "perplexity")
     if original is not None:
         axes[-1].axhline(original, color=GRAY, linestyle="--", linewidth=1)
         axes[-1].annotate("original", (1, original), xycoords=("axes fraction", "data"), ha="right", va="top", color=GRAY)
@@ -78,7 +79,7 @@ def _panel(axes: "Axes", rows: Sequence[Row], values: Sequence[float], title: st
     for row, x, y in points:
         mixed = row.bits is None  # a hollow point off the line, named below it
         axes.scatter([x], [y], edgecolors=COLOR, facecolors="white" if mixed else COLOR, s=22, zorder=3)
-        beside = {"xytext": (-5, -12), "ha": "right"} if mixed else {"xytext": (5, 4)}
+        beside: dict[str, Any] = {"xytext": (-5, -12), "ha": "right"} if mixed else {"xytext": (5, 4)}
         axes.annotate(_name(row), (x, y), textcoords="offset points", color=COLOR, **beside)
     axes.set_yscale("log")
     wide = max(values) > 20 * min(values)

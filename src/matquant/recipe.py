@@ -158,7 +158,7 @@ def _coerce(name: str, value: Any, like: Any) -> Any:
 
 def _whole(value: Any) -> int:
     number = int(value)
-    if isinstance(value, bool) or (isinstance(value, float) and value != number):
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError("a whole number")
     return number
 

@@ -108,8 +108,8 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is not a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is not a finite number")
     return float(value)
 
 
@@ -129,8 +129,8 @@ def _row(data: Mapping[str, Any]) -> Row:
 
 
 def _protocol(data: Mapping[str, Any]) -> Protocol:
-    words, counts = ("bos", "text"), ("seq_len", "stride", "tokens", "sequences")
-    return Protocol(**{name: _text(data[name]) for name in words}, **{name: _whole(data[name]) for name in counts})
+    seq_len, stride, tokens, sequences = (_whole(data[name]) for name in ("seq_len", "stride", "tokens", "sequences"))
+    return Protocol(seq_len, stride, tokens, sequences, _text(data["bos"]), _text(data["text"]))
 
 
 def _layer(data: Mapping[str, Any]) -> LayerReport:
