@@ -189,7 +189,6 @@ def test_size(count: float, shown: str) -> None:
 # --- plot -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_plot_is_svg_with_equal_bytes_and_no_date() -> None:
     pytest.importorskip("matplotlib", reason="the plot is an extra: pip install 'matquant[plot]'")
     first = plot.quality_svg(ROWS)
@@ -203,7 +202,6 @@ def test_the_plot_is_svg_with_equal_bytes_and_no_date() -> None:
     assert not re.search(r'(href|src)="(?!#)', text)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_plot_without_an_original_has_one_panel() -> None:
     pytest.importorskip("matplotlib", reason="the plot is an extra: pip install 'matquant[plot]'")
     alone = plot.quality_svg([replace(row, kl=None, kl_p999=None, top1=None) for row in ROWS[1:]])
@@ -257,6 +255,9 @@ def test_the_card_holds_table_protocol_usage_and_limits() -> None:
     assert 'matquant.from_pretrained("DIR", bits=4, keep=8)' in card and 'matquant generate DIR "Once upon a time" --bits 4' in card
     assert "To read at most 4 bits, only `model-base-*`, `model-plane2-*` and `model-plane3-*` are needed" in card
     assert "| lm\\_head | tied to the embedding |" in card and "more damping" in card
+    assert "calibrated on 32 sequences of 512 tokens: `wiki.txt`, seed 0" in card
+    assert "tokens: text sampled from the model itself" in model_card(replace(REPORT, recipe=Recipe()))
+    assert "calibrated" not in model_card(replace(REPORT, recipe=Recipe(method="minmax")))
     assert "## Limits" in card and "is not recorded here" not in card
     assert not re.search(r"https?://|<img|<script", card)
     assert model_card(REPORT, {"license": "mit"}, "quality.svg") == card

@@ -118,15 +118,14 @@ def _making(report: Report) -> list[str]:
     groups = "one scale a row" if recipe.group_size == -1 else f"groups of {recipe.group_size}"
     zero = "symmetric" if recipe.symmetric else "asymmetric"
     targets = ", ".join(f"{bits} bits: {lam:g}" for bits, lam in recipe.targets.items())
-    text = f"{recipe.num_samples} sequences of {recipe.seq_len} tokens from {_code(public(recipe.calibration))}"
-    said = "text sampled from the model itself" if recipe.calibration == "self" else "calibration text"
+    text = "text sampled from the model itself" if recipe.calibration == "self" else _code(public(recipe.calibration))
+    calibrated = [
+        f"calibrated on {recipe.num_samples} sequences of {recipe.seq_len} tokens: {text}, seed {recipe.seed}",
+        f"weights of the widths in the objective: {targets}",
+    ]
     facts = [
         f"{recipe.parent_bits}-bit codes, {groups}, {zero}, {recipe.scale_dtype} scales, slicing `{recipe.slicing}`, method `{recipe.method}`",
-        *(
-            [f"calibrated on {text} ({said}), seed {recipe.seed}; weights of the widths in the objective: {targets}"]
-            if recipe.method != "minmax"
-            else []
-        ),
+        *(calibrated if recipe.method != "minmax" else []),
         "every setting is in config.json, under `recipe`, with its hash",
     ]
     skipped = ["Left as they are:", _markdown(skipped_rows(report.skipped))] if report.skipped else []

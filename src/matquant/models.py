@@ -28,7 +28,7 @@ from matquant.errors import InputError, ResourceError
 from matquant.plan import Shape
 from matquant.recipe import Recipe
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md"]  # the card says the license
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 

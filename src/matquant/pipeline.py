@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from matquant import calibration, models
 from matquant.blocks import BlockRun, Progress, Silent, replace_whole, save_whole
-from matquant.card import model_card
+from matquant.card import base_license, model_card
 from matquant.checkpoint import add_files, quantization_config, write, writing_error
 from matquant.errors import InputError, ResumeError
 from matquant.estimate import Estimate, estimate_cost
@@ -166,10 +166,12 @@ class _Run:
             write(checkpoint, tensors, self._config(), self._files())
             self.follow("writing", 1, 1)
         report = self._report(checkpoint, held, protocol)
-        files = {"report.json": report.to_json(), "README.md": model_card(report).encode()}
-        plot = quality_svg(report.rows) if report.rows else None
-        if plot:
-            files["quality.svg"] = plot
+        plot = quality_svg(report.rows)
+        files = {"quality.svg": plot} if plot else {}
+        if report.rows and not plot:
+            self.follow.line("no plot: it needs matplotlib (pip install 'matquant[plot]')")
+        card = model_card(report, base_license(self.source.folder), next(iter(files), None))
+        files |= {"report.json": report.to_json(), "README.md": card.encode()}
         add_files(checkpoint, files)
         if self.options.overwrite and out.exists():
             shutil.rmtree(out)
