@@ -4,9 +4,12 @@ Real small models and texts live outside the repository; MATQUANT_DATA (default 
 them take the `data` fixture and are skipped, with the reason, where the folder is missing.
 """
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,5 +77,33 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             save_byte_tokenizer(folder)
             made[name] = folder
         return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of some 9000 bytes, that is, tokens of the byte tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("".join(f"{i} squared is {i * i}, and {i} cubed {i**3}.\n" for i in range(250)))
+    return path
+
+
+@pytest.fixture
+def edited(tiny: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """edited("llama", {"vocab_size": 9}, change) -> a copy whose config.json has these values; `change` alters its tensors in place."""
+
+    def make(name: str, config: dict[str, Any] | None = None, change: Callable[[dict[str, torch.Tensor]], object] | None = None) -> Path:
+        from safetensors.torch import load_file, save_file
+
+        folder = tmp_path / f"edited-{name}"
+        shutil.copytree(tiny(name), folder)
+        if config:
+            (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+        if change:
+            tensors = load_file(folder / "model.safetensors")
+            change(tensors)
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
 
     return make

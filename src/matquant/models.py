@@ -8,6 +8,8 @@ Where the tensors in the files are not those of the modules (fused experts, GGUF
 """
 
 import gc
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -95,12 +97,13 @@ class Source:
     model: PreTrainedModel
     tensors: Mapping[str, Tensor]
     note: str
+    trust_remote_code: bool = False
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises InputError if the folder has none."""
         try:
-            return AutoTokenizer.from_pretrained(self.folder, gguf_file=self.gguf_file)
-        except (OSError, ValueError, ImportError, KeyError) as error:
+            return AutoTokenizer.from_pretrained(self.folder, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # noqa: BLE001 - the tokenizers library raises Exception itself for a damaged tokenizer.json
             raise InputError(f"{self.name} has no usable tokenizer ({_first_line(error)}); put its tokenizer files beside the weights") from None
 
 
@@ -125,28 +128,50 @@ def open_source(model: str, gguf_file: str | None = None, revision: str | None =
     config = _config(model, folder, trust_remote_code)
     files = _weight_files(model, folder)
     tensors = SafetensorsFiles(files)
-    with init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code)
-    skeleton.eval()
-    skeleton.tie_weights()  # on the meta device every parameter was made anew, tied ones too
+    skeleton = _skeleton(model, config, trust_remote_code)
     missing = [name for name, tensor in own_tensors(skeleton).items() if tensors.shape(name) != tuple(tensor.shape)]
     if not missing:
-        return Source(model, folder, None, skeleton, tensors, "")
+        return Source(model, folder, None, skeleton, tensors, "", trust_remote_code)
     del skeleton
     whole = load_dense(model, folder, None, trust_remote_code)
     note = f"loaded whole: the files hold {missing[0]} and {len(missing) - 1} others under other names or shapes"
-    return Source(model, folder, None, whole, whole.state_dict(), note)
+    return Source(model, folder, None, whole, whole.state_dict(), note, trust_remote_code)
+
+
+def _skeleton(model: str, config: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """The model with parameters on the meta device, typed as config.json says, and float32 buffers that it computed itself."""
+    stored = config.dtype or torch.float32
+    try:
+        with init_empty_weights(include_buffers=False):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001 - whatever a model's constructor raises for settings that make no sense
+        raise InputError(f"{model} cannot be built from its config.json ({_reason(error)}); fetch it again") from None
+    for each in (skeleton.config, *(getattr(skeleton.config, name) for name in skeleton.config.sub_configs)):
+        if each is not None:
+            each.dtype = stored
+    for parameter in skeleton.parameters():
+        parameter.data = parameter.data.to(stored)
+    skeleton.tie_weights()  # on the meta device every parameter was made anew, tied ones too
+    return skeleton.eval()
 
 
 def load_dense(model: str, folder: Path, gguf_file: str | None, trust_remote_code: bool = False, dtype: Any = "auto") -> PreTrainedModel:
     """The whole original model in memory, in evaluation mode. Raises InputError, or ResourceError if it does not fit."""
-    extra: dict[str, Any] = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
+    extra: dict[str, Any] = {"use_safetensors": True}  # else transformers opens a pickle file where it finds no other
+    if gguf_file:
+        extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **extra)
-    except MemoryError:
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+        )
+    except (MemoryError, torch.OutOfMemoryError):
         raise ResourceError(f"{model} does not fit in memory; use a machine with more, or a smaller model") from None
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{model} cannot be loaded ({_first_line(error)})") from None
+    except Exception as error:  # noqa: BLE001 - transformers raises nearly anything for a damaged model
+        raise InputError(f"{model} cannot be loaded ({_reason(error)})") from None
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise InputError(f"{model}: {name} is {list(stored)} in the file, but {list(wanted)} by config.json; fetch both again")
+    if lost := sorted(found["missing_keys"]):  # transformers only warns, and makes them up
+        raise InputError(f"{model} lacks the tensor {lost[0]} ({len(lost)} missing in all); the model is incomplete, fetch it again")
     return loaded.eval()
 
 
@@ -161,8 +186,8 @@ def _open_gguf(model: str, folder: Path, gguf_file: str) -> Source:
 def _config(model: str, folder: Path, trust_remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{model} has no config.json that transformers understands ({_first_line(error)})") from None
+    except Exception as error:  # noqa: BLE001 - whatever a configuration's constructor raises for values of the wrong kind
+        raise InputError(f"{model} has no config.json that transformers understands ({_reason(error)})") from None
     already = getattr(config, "quantization_config", None)
     if already:
         raise InputError(f"{model} is quantized already ({_quant_method(already)}); give the original model")
@@ -179,6 +204,12 @@ def _quant_method(config: Any) -> str:
 
 
 def _weight_files(model: str, folder: Path) -> list[Path]:
+    """Those that transformers loads: one file, or those of the index; else whatever is there. Raises InputError."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        return _indexed(index)
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files
@@ -188,6 +219,33 @@ def _weight_files(model: str, folder: Path) -> list[Path]:
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     hint = f"; for {gguf[0]} add --gguf-file {gguf[0]}" if gguf else ""
     raise InputError(f"{model} holds no .safetensors weights{hint}")
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        files = [index.parent / name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{index} is not an index of weight files; fetch it again") from None
+    for file in files:
+        if file.parent != index.parent or not file.is_file():
+            raise InputError(f"{index} lists {file.name}, which is not in the folder; fetch it")
+    return files
+
+
+def fingerprint(source: Source) -> str:
+    """sha256 of all weights, in one pass. Raises InputError for weights that no model can be meant to have."""
+    digest = hashlib.sha256()
+    parameters = dict(source.model.named_parameters())
+    for name in own_tensors(source.model):
+        tensor = source.tensors[name].detach().cpu().contiguous()
+        if name in parameters and not tensor.is_floating_point():
+            raise InputError(f"{name} is of type {tensor.dtype}; weights must be floating point, give the original model")
+        if name in parameters and not tensor.isfinite().all():
+            raise InputError(f"{name} holds non-finite values; the model is damaged")
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -206,6 +264,13 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _reason(error: BaseException) -> str:
+    """One line in words; of errors that are a bare value (KeyError: 'nope'), their kind too; of validation errors, why."""
+    if isinstance(error, LookupError | ArithmeticError | TypeError | AttributeError):
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # --- blocks and layers ----------------------------------------------------------------------------------------------
@@ -288,7 +353,7 @@ def _check_group_size(name: str, shape: Shape, size: int) -> None:
 
 
 def materialize(source: Source, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill `module` (named `prefix` in the model) from the source, floats as `dtype`. Raises InputError for non-finite weights."""
+    """Fill `module` (named `prefix` in the model) with copies from the source, floats as `dtype`. Raises InputError for non-finite weights."""
     tied = {id(parameter): name for name, parameter in source.model.named_parameters()}
     for name, tensor in [*module.named_parameters(), *_persistent_buffers(module).items()]:
         full = f"{prefix}.{name}" if prefix else name
@@ -296,7 +361,7 @@ def materialize(source: Source, module: nn.Module, prefix: str, device: torch.de
         if value.is_floating_point():
             if not value.isfinite().all():
                 raise InputError(f"{full} holds non-finite values; the model is damaged")
-            value = value.to(dtype)
+            value = value.to(dtype, copy=bool(source.note))  # a model loaded whole hands out its own memory
         set_module_tensor_to_device(module, name, device, value=value, dtype=value.dtype)
     for name, buffer in module.named_buffers():
         set_module_tensor_to_device(module, name, device, value=buffer)
