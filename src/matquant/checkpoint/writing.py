@@ -96,7 +96,7 @@ def write(
         _fill(partial, tensors, config, files, max_shard_bytes)
         os.rename(partial, folder)
         _sync(folder.parent)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - cleans up after Ctrl-C too, and raises again
         shutil.rmtree(partial, ignore_errors=True)
         raise writing_error(error, folder, "choose another output folder") from None
 
