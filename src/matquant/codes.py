@@ -228,24 +228,38 @@ class CodeChooser:
         """The widths whose t `choose` wants, in order: the targets below the parent's, then the parent's."""
         return (*self.widths, self.grid.bits)
 
-    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, float]:
-        """(-2 lam_r levels_r [widths, 2^k], sum_r lam_r levels_r^2 [2^k], parent base [2^k], residual codes, slope)."""
+    def tables(self, device: torch.device) -> "ChooserTables":
+        """What `choose` looks up, on `device`."""
         residuals = 2 ** (self.grid.bits - self.prefix_bits)
         first = torch.arange(2**self.prefix_bits) * residuals
-        table = torch.stack([levels(r, self.grid, self.slicing)[first] for r in self.widths]) if self.widths else torch.zeros(0, len(first))
-        lam = torch.tensor(self.lams).reshape(-1, 1)
-        base = levels(self.grid.bits, self.grid, self.slicing)[first]
-        slope = 2.0 if self.grid.overlap else 1.0
-        return (-2 * lam * table).to(device), (lam * table**2).sum(0).to(device), base.to(device), residuals, slope
+        below = [levels(r, self.grid, self.slicing)[first].to(device) for r in self.widths]
+        base = levels(self.grid.bits, self.grid, self.slicing)[first].to(device)
+        return ChooserTables(below, base, residuals, slope=2.0 if self.grid.overlap else 1.0)
 
-    def choose(self, t: Float[Tensor, "streams n"], tables: tuple[Tensor, Tensor, Tensor, int, float]) -> UInt8[Tensor, " n"]:
+    def choose(self, t: Float[Tensor, "streams n"], tables: "ChooserTables") -> UInt8[Tensor, " n"]:
         """The best code of each column of t (units of the parent scale, zero added); `tables` from `tables(t.device)`."""
-        linear, constant, base, residuals, slope = tables
+        base, residuals, slope = tables.base, tables.residuals, tables.slope
         e = ((t[-1, :, None] - base) / slope + 0.5).floor_().clamp_(0, residuals - 1)
         if len(base) == 1:
             return e[:, 0].to(torch.uint8)
-        cost = torch.addmm(constant, t[:-1].T, linear)  # sum_r lam_r (t_r - level)^2 less sum_r lam_r t_r^2
+        cost = torch.zeros_like(e)
+        for t_r, level, lam in zip(t, tables.below, self.lams, strict=False):  # the last t is the parent's
+            miss = t_r[:, None] - level
+            cost.addcmul_(miss, miss, value=lam)
+        miss = t[-1, :, None] - base - slope * e
         if self.parent_lam:
-            cost += self.parent_lam * (t[-1, :, None] - base - slope * e) ** 2
+            cost.addcmul_(miss, miss, value=self.parent_lam)
+        else:
+            cost = miss.abs_().masked_fill_(cost > cost.amin(1, keepdim=True), torch.inf)
         best = cost.argmin(1, keepdim=True)
         return (best * residuals + e.gather(1, best).long()).squeeze(1).to(torch.uint8)
+
+
+class ChooserTables(NamedTuple):
+    """below: what each prefix reads as, [2^k] for each width below the parent's. base, slope: the parent reads base + slope e
+    for residual e of a prefix. residuals: how many there are."""
+
+    below: list[Tensor]
+    base: Tensor
+    residuals: int
+    slope: float

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from matquant.checkpoint import Checkpoint
@@ -32,7 +32,9 @@ Logits = Callable[[Tensor], Tensor]
 
 ORIGINAL = "original"
 BATCH_TOKENS = 1024  # enough to keep the matmuls busy on a CPU; two sets of logits of that many positions are held
-CHUNK_ELEMENTS = 2**24  # positions x vocabulary turned into float32 probabilities at a time: 64 MiB an array
+# Positions x vocabulary turned into float32 probabilities at a time: 64 to 128 MiB an array. Below 32 MiB glibc would take such
+# arrays from its heap, where aligned blocks of this size are not reused: memory then grew by 0.2 GB a batch.
+CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -218,19 +220,22 @@ class _Tally:
             raise InputError(f"the reference predicts {truth.shape[-1]} tokens, the checkpoint {vocab}; give the model that was quantized")
         if int(ids.max()) >= vocab:
             raise InputError(f"the text holds token {int(ids.max())}, but {self._name} predicts {vocab}; use the tokenizer that belongs to it")
-        positions, step = ids.shape[1] - 1, max(1, CHUNK_ELEMENTS // vocab)
-        for row in range(len(ids)):
-            for start in range(0, positions, step):
-                part = slice(start, min(start + step, positions))
-                following = ids[row, 1:][part].to(logits.device)
-                known = None if truth is None else truth[row, part].to(logits.device)
-                self._add_positions(logits[row, part], known, following, f"sequence {first + row}, position {start}")
+        length = ids.shape[1]
+        following = ids.roll(-1, 1).flatten().to(logits.device)  # the last position of a sequence predicts nothing, and is left out below
+        predicts = (torch.arange(ids.numel(), device=logits.device) + 1) % length > 0
+        flat, known = logits.flatten(0, 1), None if truth is None else truth.flatten(0, 1)
+        chunks = min(ids.numel(), max(1, ids.numel() * vocab // CHUNK_ELEMENTS))
+        for part in torch.arange(ids.numel()).tensor_split(chunks):
+            here = slice(int(part[0]), int(part[-1]) + 1)
+            where = f"sequence {first + here.start // length}, position {here.start % length}"
+            self._add_positions(flat[here], None if known is None else known[here].to(logits.device), following[here], predicts[here], where)
 
     def _add_positions(
         self,
         logits: Float[Tensor, "positions vocab"],
         truth: Float[Tensor, "positions vocab"] | None,
         following: Int[Tensor, " positions"],
+        predicts: Bool[Tensor, " positions"],
         where: str,
     ) -> None:
         log_q = logits.float().log_softmax(-1)
@@ -241,6 +246,7 @@ class _Tally:
             # p = 0 counts 0, also where both are -inf, as for tokens that a model masks out
             found.append(torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q)).sum(-1))
             found.append((truth.argmax(-1) == logits.argmax(-1)).float())
+        found = [values[predicts] for values in found]
         if not all(bool(values.isfinite().all()) for values in found):
             raise InputError(
                 f"the logits of {self._name} are not finite in {where} or soon after; try --dtype float32, or quantize with more samples"
