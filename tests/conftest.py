@@ -4,10 +4,11 @@ Real small models and texts live outside the repository; MATQUANT_DATA (default 
 them take the `data` fixture and are skipped, with the reason, where the folder is missing.
 """
 
+import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ REPO = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("MATQUANT_DATA", REPO.parent / "shared" / "data"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def quick_collect() -> Iterator[None]:
+    """Spare gc.collect(), which is called after every block, the 300000 objects that live as long as the imports do."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def read_texts(spec: str) -> list[str]:
     if not path.is_file():
         raise InputError(f"no calibration file {spec}; give FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT] or self")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without the byte order mark that some editors write
     except UnicodeDecodeError as error:
         raise InputError(f"{spec} is not text: byte {error.start} is not UTF-8; give a text file") from None
     except OSError as error:
@@ -47,12 +47,12 @@ def read_texts(spec: str) -> list[str]:
 
 def _read_jsonl(spec: str, text: str) -> list[str]:
     documents: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{spec}, line {number}: not JSON ({error}); give one object a line") from None
         documents.append(_document(row, f"{spec}, line {number}"))
     return documents
@@ -64,7 +64,8 @@ def _document(row: Any, where: str) -> str:
         if isinstance(value, str):
             return value
         if key == "messages" and isinstance(value, list):
-            return "\n".join(str(message.get("content", "")) for message in value if isinstance(message, dict))
+            contents = [message.get("content") for message in value if isinstance(message, dict)]
+            return "\n".join(content for content in contents if isinstance(content, str))
     raise InputError(f"{where}: no text found; a row needs one of the keys {', '.join(TEXT_KEYS)}")
 
 
@@ -78,7 +79,7 @@ def _read_dataset(spec: str) -> list[str]:
         rows = load_dataset(name, split=split or "train", streaming=True)
         return [_document(row, f"hf:{spec}") for _, row in zip(range(2000), rows, strict=False)]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the dataset {name!r}: {str(error).splitlines()[0][:200]}") from None
+        raise InputError(f"cannot load the dataset {name!r}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
 
 
 def leading_token(tokenizer: Any) -> int | None:
@@ -115,7 +116,10 @@ def choose_windows(
 
 
 def sample_windows(model: Any, start: int, count: int, seq_len: int, seed: int, on_token: Callable[[int, int], None]) -> Int[Tensor, "count length"]:
-    """Text that the model makes itself: `count` sequences sampled at temperature 1 from `start`, deterministic for a seed."""
+    """Text that the model makes itself: `count` sequences sampled at temperature 1 from `start`, deterministic for a seed.
+
+    Raises InputError if the model's probabilities are not finite.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((count, 1), start, dtype=torch.long, device=model.device)
     cache, step = None, ids
@@ -124,6 +128,8 @@ def sample_windows(model: Any, start: int, count: int, seq_len: int, seed: int, 
             output = model(step, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+            if not probabilities.isfinite().all():
+                raise InputError("the model predicts non-finite probabilities, so no text can be sampled; try --dtype float32 or another model")
             step = torch.multinomial(probabilities, 1, generator=generator).to(ids.device)
             ids = torch.cat([ids, step], 1)
             on_token(position + 1, seq_len)
