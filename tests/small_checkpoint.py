@@ -15,7 +15,7 @@ from matquant.recipe import Recipe
 from matquant.weight import NestedWeight, Refit
 
 SHAPES = {"model.layers.0.mlp.down_proj": Shape(5, 24), "model.layers.0.self_attn.q_proj": Shape(6, 12)}
-RECIPE = Recipe(group_size=4)
+RECIPE = Recipe(group_size=4, symmetric=True)
 FILES = {"README.md": b"# small\n", "tokenizer.json": b"{}\n"}
 
 

@@ -109,8 +109,8 @@ def edit_config(folder: Path, change: Callable[[dict], None]) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"slicing": "round"}, {"slicing": "round-overflow"}, {"overlap": True}, {"symmetric": False}, {"group_size": -1, "scale_dtype": "float32"}],
-    ids=["floor", "round", "round-overflow", "overlap", "asymmetric", "whole-row"],
+    [{}, {"slicing": "round"}, {"slicing": "round-overflow"}, {"overlap": True}, {"symmetric": True}, {"group_size": -1, "scale_dtype": "float32"}],
+    ids=["floor", "round", "round-overflow", "overlap", "symmetric", "whole-row"],
 )
 def test_logits_equal_the_dense_model_at_every_width(build: Build, tiny: Callable[[str], Path], settings: dict) -> None:
     folder, weights = build("llama", **settings)
@@ -317,7 +317,7 @@ def test_disk_offload(build: Build, tmp_path: Path, offload_buffers: bool) -> No
 # --- saving ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"slicing": "round", "symmetric": False}, {"overlap": True, "refit_bits": 0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"slicing": "round", "symmetric": True}, {"overlap": True, "refit_bits": 0}], ids=str)
 @pytest.mark.parametrize("shard", ["50GB", "40KB"])
 def test_save_pretrained_round_trip(build: Build, tmp_path: Path, settings: dict, shard: str) -> None:
     folder, weights = build(**settings)

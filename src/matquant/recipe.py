@@ -37,7 +37,7 @@ class Recipe:
     targets: Mapping[int, float] = _help("widths that are optimised and the weight of each, for instance 8:100,4:4,3:2,2:1", default_factory=_targets)
     parent_bits: int = _help("stored width of a code", default=8)
     group_size: int = _help("input channels that share a scale; -1 = the whole row", default=64)
-    symmetric: bool = _help("zero fixed at the middle of the grid, not stored", default=True)
+    symmetric: bool = _help("zero fixed at the middle of the grid, not stored; off = a stored zero per group", default=False)
     overlap: bool = _help("residual cells overlap above 4 bits (docs/FORMAT.md)", default=False)
     slicing: Slicing = _help("how r bits are taken from a code: floor, round or round-overflow", default="floor")
     scale_dtype: str = _help("storage of scales, zeros and offsets: float16, bfloat16 or float32", default="float16")
