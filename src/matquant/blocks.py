@@ -5,6 +5,7 @@ own drift, the nested one that of its best width. A resumed run takes finished b
 activations through them again; these are the same to the bit on the same number of threads, so the blocks that follow are too.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from matquant import calibration, methods, models
 from matquant.checkpoint import module_tensors, nested_weight, writing_error
+from matquant.errors import InputError
 from matquant.plan import Shape
 from matquant.recipe import Recipe
 from matquant.refit import refit
@@ -81,30 +83,39 @@ class BlockRun:
         return tuple(_layer_from_json(row) for file in self.files for row in json.loads(stored.metadata(file)["layers"]))
 
     def quantize(self, train: Tensor) -> None:
-        """Make the file of every block that has none. train: Int[Tensor, "samples length"], tokens to calibrate on."""
+        """Make the file of every block that has no sound one. train: Int[Tensor, "samples length"], tokens to calibrate on."""
         prefix, blocks = models.find_blocks(self.source.model)
         files = self.files
+        todo = [index for index, file in enumerate(files) if not self._finished(index, file)]
+        if not todo:
+            return
         models.materialize(self.source, blocks[0], f"{prefix}.0", self.device, self.dtype)
         calls: list[calibration.Call] = []
         hidden: list[Tensor] = []
         if self.calibrated:
             models.materialize_around(self.source, prefix, self.device, self.dtype)
             calls, hidden = calibration.record(self.source.model, blocks, train, self.device)
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(blocks[: todo[-1] + 1]):
             self.follow("quantizing", index, len(blocks))
             name = f"{prefix}.{index}"
             if index:
                 models.materialize(self.source, block, name, self.device, self.dtype)
-            done = files[index].exists()
-            if not done:
+            if index in todo:
                 results = self._quantize_block(index, block, name, calls[index] if calls else None, hidden)
                 tensors = {key: value.cpu() for layer, (weight, _) in results.items() for key, value in module_tensors(layer, weight).items()}
                 save_whole(files[index], tensors, {"layers": json.dumps([_layer_to_json(report) for _, report in results.values()])})
-            if self.calibrated and index + 1 < len(blocks):
+            if self.calibrated and index < todo[-1]:
                 self._read_back(files[index], index)
                 calibration.propagate(block, calls[index], hidden)
             models.release(block)
         self.follow("quantizing", len(blocks), len(blocks))
+
+    def _finished(self, index: int, file: Path) -> bool:
+        """Whether the block's file is there and whole; a damaged one is told, and made again."""
+        if file.exists() and not is_whole(file):
+            self.follow.line(f"block {index} is made again: {file} is damaged")
+            return False
+        return file.exists()
 
     def _read_back(self, file: Path, index: int) -> None:
         """Put the block's quantized weights, read at the widest target, where the original ones were."""
@@ -144,21 +155,43 @@ class BlockRun:
 def replace_whole(path: Path, content: bytes) -> None:
     """Write a whole file or none. Raises OSError."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A whole safetensors file or none. Raises OSError or ResourceError."""
+    """A whole safetensors file or none, with a checksum for `is_whole`. Raises ResourceError or InputError."""
     partial = path.with_name(path.name + ".tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, partial, metadata={**metadata, "sha256": _digest(tensors, metadata)})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise writing_error(error, path, "continue with --resume afterwards") from None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `path` is, to the bit, what `save_whole` wrote."""
+    try:
+        stored = models.SafetensorsFiles([path])
+        metadata = stored.metadata(path)
+        return metadata.pop("sha256", "") == _digest(stored, metadata)
+    except (InputError, SafetensorError, OSError):
+        return False
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _layer_to_json(report: LayerReport) -> dict[str, Any]:
@@ -181,8 +214,9 @@ def quantize_group(weights: Mapping[str, Tensor], h: Tensor, recipe: Recipe) -> 
     """
     w = torch.cat(list(weights.values()))
     chosen = methods.load(recipe.method)(w, h, recipe)
-    notes = chosen.notes
-    usable = h if bool(h.isfinite().all()) else torch.eye(len(h), device=h.device)
+    finite = bool(h.isfinite().all())
+    notes = chosen.notes if finite or chosen.notes else ("the Hessian is not finite: its inputs count as equally strong",)
+    usable = h if finite else torch.eye(len(h), device=h.device)
     nested = refit(chosen.weight, w, usable, recipe.layout.refit_widths)
     loss = {bits: _row_losses(w, nested.read(bits).dense(), usable) for bits in recipe.bits}
     power = _row_losses(w, torch.zeros_like(w), usable)
