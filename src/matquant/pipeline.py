@@ -13,7 +13,10 @@ import json
 import os
 import shutil
 from collections import ChainMap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from matquant import calibration, models
-from matquant.blocks import BlockRun, Progress, Silent, replace_whole, save_whole
+from matquant.blocks import BlockRun, Progress, Silent, is_whole, replace_whole, save_whole
 from matquant.card import base_license, model_card
-from matquant.checkpoint import add_files, quantization_config, write, writing_error
-from matquant.errors import InputError, ResumeError
+from matquant.checkpoint import Checkpoint, add_files, quantization_config, write, writing_error
+from matquant.checkpoint.files import MANIFEST, PICKLES, safe_name, sha256_file
+from matquant.errors import InputError, MatquantError, RecipeError, ResourceError, ResumeError, choices
 from matquant.estimate import Estimate, estimate_cost
 from matquant.evaluate import Protocol as Measured
-from matquant.evaluate import evaluate, windows
+from matquant.evaluate import check_fits, evaluate, windows
 from matquant.plot import quality_svg
 from matquant.recipe import Recipe
 from matquant.report import Report
@@ -43,6 +47,8 @@ COPIED = (
     "generation_config.json",
 )
 
+IDENTIFYING = (".json", ".jinja", ".md", ".model", ".py", ".txt")  # small files of a model that the result depends on
+DTYPES = ("float32", "bfloat16", "float16")
 FINISHED = "finished"  # in the working folder: all that is left to do is to rename and to clean up
 
 
@@ -62,27 +68,54 @@ class RunOptions:
     overwrite: bool = False
     eval_text: Path | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"dtype is {self.dtype!r}; {choices(self.dtype, DTYPES)}")
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise RecipeError(f"device is {self.device!r}; give cpu, cuda or cuda:N") from None
+
 
 def quantize(model: str, out: Path, recipe: Recipe, options: RunOptions, progress: Progress | None = None) -> Report:
     """Quantize `model` (a folder or hub id) into the new folder `out`. Raises MatquantError; leaves OUT.partial to resume from."""
     follow = progress or Silent()
-    if options.resume and (out.with_name(out.name + ".partial") / FINISHED).exists() and out.exists():  # killed while cleaning up
-        shutil.rmtree(out.with_name(out.name + ".partial"))
-        return Report.from_dict(json.loads((out / "report.json").read_text()))
-    torch.manual_seed(recipe.seed)
+    if out.name in ("", ".."):
+        raise InputError(f"the output {out} has no name of its own; give the folder to make, for instance {out / 'matquant'}")
     work = out.with_name(out.name + ".partial")
+    if options.resume and _only_to_clean(out, work, options):
+        _clean_up(work)
+        return _saved_report(out)
     _check_output(out, work, options)
     source = models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code)
+    if source.folder.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out} holds the model itself, which --overwrite would delete; choose another output folder")
     layers = models.find_layers(source.model, recipe)
-    try:
+    run = _Run(source, layers, recipe, options, work, follow)
+    run.check_length()
+    with _named_errors(work, "choose another output folder"):
         _claim(work, _identity(source, recipe, options), recipe, options)
-        for name, reason in layers.skipped:
-            follow.line(f"skipped {name}: {reason}")
-        if source.note:
-            follow.line(source.note)
-        return _Run(source, layers, recipe, options, work, follow).finish(out)
+    for name, reason in layers.skipped:
+        follow.line(f"skipped {name}: {reason}")
+    if source.note:
+        follow.line(source.note)
+    try:
+        with _named_errors(work, "continue with --resume afterwards"):
+            return run.finish(out)
+    except InputError:
+        if not any((work / "blocks").glob("*.safetensors")):  # nothing is lost that took long to make
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _named_errors(work: Path, advice: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise writing_error(error, work, "continue with --resume afterwards") from None
+        raise writing_error(error, work, advice) from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"out of memory ({str(error)[:100]}); use a smaller --num-samples or a machine with more, and --resume") from None
 
 
 # --- the working folder ---------------------------------------------------------------------------------------------
@@ -91,6 +124,10 @@ def quantize(model: str, out: Path, recipe: Recipe, options: RunOptions, progres
 def _check_output(out: Path, work: Path, options: RunOptions) -> None:
     if os.path.lexists(out) and not options.overwrite:
         raise InputError(f"{out} exists already; choose another output folder, or replace it with --overwrite")
+    if os.path.lexists(out) and not (out / MANIFEST).exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(
+            f"{out} is no finished checkpoint, and --overwrite deletes nothing else; choose another output folder, or delete it yourself"
+        )
     if work.exists() and not (options.resume or options.overwrite):
         raise InputError(f"{work} holds an interrupted run; continue it with --resume, or start over with --overwrite")
     if options.resume and not work.exists():
@@ -100,17 +137,18 @@ def _check_output(out: Path, work: Path, options: RunOptions) -> None:
 
 
 def _identity(source: models.Source, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    """What must be equal for a run to be continued, besides the recipe."""
-    files = {path.name: path.stat().st_size for path in sorted(source.folder.iterdir()) if path.suffix in (".safetensors", ".gguf", ".json")}
+    """What must be equal for a run to be continued, besides the recipe. Raises InputError for weights that are damaged."""
+    small = sorted(path for path in source.folder.iterdir() if path.suffix in IDENTIFYING and path.is_file())
     return {
         "model": str(source.folder.resolve()),
-        "files": files,
+        "weights": models.fingerprint(source)[:16],
+        **{path.name: sha256_file(path)[0][:16] for path in small},
         "device": options.device,
         "dtype": options.dtype,
         "gguf_file": options.gguf_file,
         "eval_text": str(options.eval_text) if options.eval_text else None,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **{name: version(name) for name in ("matquant", "torch", "transformers")},
     }
 
 
@@ -120,15 +158,49 @@ def _claim(work: Path, identity: dict[str, Any], recipe: Recipe, options: RunOpt
         shutil.rmtree(work, ignore_errors=True)
     record = {"identity": identity, "recipe": recipe.to_dict()}
     if options.resume and (work / "run.json").exists():
-        before = json.loads((work / "run.json").read_text())
-        changed = Recipe.from_dict(before["recipe"]).differences(recipe)
-        changed += [f"{key}: {before['identity'].get(key)} -> {value}" for key, value in identity.items() if before["identity"].get(key) != value]
-        if changed:
+        if changed := _differences(work / "run.json", identity, recipe):
             raise ResumeError(f"{work} is a run with other settings ({'; '.join(changed)}); use the same, or start over with --overwrite")
         return
-    work.mkdir(exist_ok=True)
-    (work / "blocks").mkdir(exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # killed before it knew what it was
+    (work / "blocks").mkdir(parents=True)
     replace_whole(work / "run.json", json.dumps(record, indent=1).encode())
+
+
+def _differences(path: Path, identity: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Lines `name: then -> now`. Raises ResumeError if the record is damaged or of another version."""
+    try:
+        before = json.loads(path.read_bytes())
+        then: dict[str, Any] = dict(before["identity"])
+        changed = Recipe.from_dict(before["recipe"]).differences(recipe)
+    except (ValueError, KeyError, TypeError, MatquantError):
+        raise ResumeError(f"{path} is damaged or of another version of matquant; start over with --overwrite") from None
+    names = dict.fromkeys([*then, *identity])
+    return changed + [f"{name}: {then.get(name)} -> {identity.get(name)}" for name in names if then.get(name) != identity.get(name)]
+
+
+def _only_to_clean(out: Path, work: Path, options: RunOptions) -> bool:
+    """Whether a run was killed after its last rename."""
+    if (work / FINISHED).exists():
+        return not (work / "checkpoint").exists()
+    # The very last step removes an empty folder. The very first makes one, but then no output is there, unless to be overwritten.
+    return not options.overwrite and (out / MANIFEST).exists() and work.is_dir() and not any(work.iterdir())
+
+
+def _clean_up(work: Path) -> None:
+    """Delete the working folder, the mark that the run is finished last."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != FINISHED:
+            path.unlink()
+    shutil.rmtree(work)
+
+
+def _saved_report(folder: Path) -> Report:
+    try:
+        return Report.from_dict(json.loads((folder / "report.json").read_bytes()), str(folder / "report.json"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {folder / 'report.json'} ({error}); run matquant verify {folder}") from None
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -155,30 +227,46 @@ class _Run:
     def blocks(self) -> BlockRun:
         return BlockRun(self.source, self.layers, self.recipe, self.work / "blocks", self.device, self.dtype, self.follow)
 
+    def check_length(self) -> None:
+        """Raise InputError if the model has fewer positions than a sequence."""
+        if self.blocks.calibrated or self.recipe.eval_samples:
+            check_fits(self.source.model, torch.zeros(1, self.recipe.seq_len, dtype=torch.long))
+
     def finish(self, out: Path) -> Report:
-        base = [name for name in models.own_tensors(self.source.model) if name.removesuffix(".weight") not in self.layers.quantized]
+        """Do what is left to do."""
         checkpoint = self.work / "checkpoint"
         train, held, protocol = self._windows()
         if not checkpoint.exists():
-            self.blocks.quantize(train)
-            self.follow("writing", 0, 1)
-            tensors = ChainMap(models.SafetensorsFiles(self.blocks.files), models.Subset(self.source.tensors, base))
-            write(checkpoint, tensors, self._config(), self._files())
-            self.follow("writing", 1, 1)
-        report = self._report(checkpoint, held, protocol)
+            self._write(checkpoint, train)
+        manifest = Checkpoint.open(checkpoint).manifest
+        if manifest is not None and "report.json" in manifest.files:  # killed before the last rename
+            report = _saved_report(checkpoint)
+        else:
+            report = self._report(checkpoint, held, protocol)
+            add_files(checkpoint, self._report_files(report))
+        if os.path.lexists(out):  # --overwrite: the former folder is out of the way for the blink of an eye
+            shutil.rmtree(self.work / "replaced", ignore_errors=True)
+            os.rename(out, self.work / "replaced")
+        replace_whole(self.work / FINISHED, b"")
+        os.rename(checkpoint, out)
+        _clean_up(self.work)
+        return report
+
+    def _write(self, checkpoint: Path, train: Tensor) -> None:
+        base = [name for name in models.own_tensors(self.source.model) if name.removesuffix(".weight") not in self.layers.quantized]
+        files, config = self._files(), self._config()
+        self.blocks.quantize(train)
+        self.follow("writing", 0, 1)
+        write(checkpoint, ChainMap(models.SafetensorsFiles(self.blocks.files), models.Subset(self.source.tensors, base)), config, files)
+        self.follow("writing", 1, 1)
+
+    def _report_files(self, report: Report) -> dict[str, bytes]:
         plot = quality_svg(report.rows)
         files = {"quality.svg": plot} if plot else {}
         if report.rows and not plot:
             self.follow.line("no plot: it needs matplotlib (pip install 'matquant[plot]')")
         card = model_card(report, base_license(self.source.folder), next(iter(files), None))
-        files |= {"report.json": report.to_json(), "README.md": card.encode()}
-        add_files(checkpoint, files)
-        if self.options.overwrite and out.exists():
-            shutil.rmtree(out)
-        replace_whole(self.work / FINISHED, b"")
-        os.rename(checkpoint, out)
-        shutil.rmtree(self.work)
-        return report
+        return files | {"report.json": report.to_json(), "README.md": card.encode()}
 
     # --- tokens -----------------------------------------------------------------------------------------------------
 
@@ -187,7 +275,14 @@ class _Run:
         path = self.work / "windows.safetensors"
         if not path.exists():
             train, held, bos, words = self._make_windows()
+            for part in (train, held):
+                if len(part):
+                    check_fits(self.source.model, part)
+            if self.blocks.calibrated and len(train) < self.recipe.num_samples:
+                self.follow.line(f"{self.recipe.calibration} has text for {len(train)} of {self.recipe.num_samples} sequences to calibrate on")
             save_whole(path, {"train": train, "held": held}, {"bos": json.dumps(bos), "text": words})
+        if not is_whole(path):
+            raise ResumeError(f"{path} is damaged; start over with --overwrite")
         saved = models.SafetensorsFiles([path])
         notes = saved.metadata(path)
         held = saved["held"]
@@ -197,14 +292,16 @@ class _Run:
 
     def _make_windows(self) -> tuple[Tensor, Tensor, int | None, str]:
         recipe, wanted = self.recipe, self.recipe.eval_samples
+        empty = torch.zeros(0, recipe.seq_len, dtype=torch.long)
+        if not wanted and not self.blocks.calibrated:
+            return empty, empty, None, ""
         tokenizer = self.source.tokenizer()
         bos = calibration.leading_token(tokenizer)
         train_count = recipe.num_samples if self.blocks.calibrated else 0
         external = self._external_windows(tokenizer, bos) if self.options.eval_text and wanted else None
         held_count = 0 if external is not None else wanted
-        if train_count + held_count == 0:
-            empty = torch.zeros(0, recipe.seq_len, dtype=torch.long)
-            return empty, empty if external is None else external, bos, str(self.options.eval_text)
+        if external is not None and not train_count:
+            return empty, external, bos, str(self.options.eval_text)
         if recipe.calibration == "self":
             sampled, start = self._sample(tokenizer, train_count + held_count)
             train, held = sampled[:train_count], sampled[train_count:]
@@ -242,7 +339,9 @@ class _Run:
 
     def _files(self) -> dict[str, bytes]:
         if self.source.gguf_file is None:
-            return {path.name: path.read_bytes() for pattern in COPIED for path in sorted(self.source.folder.glob(pattern)) if path.is_file()}
+            patterns = (*COPIED, "*.py") if self.options.trust_remote_code else COPIED
+            found = [path for pattern in patterns for path in sorted(self.source.folder.glob(pattern)) if path.is_file()]
+            return {path.name: path.read_bytes() for path in found if safe_name(path.name) and not path.name.endswith(PICKLES)}
         folder = self.work / "tokenizer"
         self.source.tokenizer().save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
@@ -265,4 +364,5 @@ def estimate(model: str, recipe: Recipe, options: RunOptions) -> Estimate:
     """Sizes by arithmetic, time and memory by a rough model. Writes nothing. Raises as `quantize` for a bad model or recipe."""
     source = models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code)
     layers = models.find_layers(source.model, recipe)
+    _Run(source, layers, recipe, options, Path(), Silent()).check_length()
     return estimate_cost(source, layers, recipe)
