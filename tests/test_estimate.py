@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from matquant import estimate, pipeline
+from matquant import estimate, models, pipeline
 from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
 from matquant.pipeline import RunOptions
@@ -21,7 +21,7 @@ Tiny = Callable[[str], Path]
 @pytest.mark.parametrize(
     "name, recipe",
     [
-        ("llama", ROUNDED),
+        ("llama", replace(ROUNDED, symmetric=True)),
         ("llama-tied", replace(ROUNDED, group_size=-1, symmetric=False, scale_dtype="float32")),
         ("gpt2", replace(ROUNDED, parent_bits=4, bits=(4, 3, 2), targets={4: 1.0}, slicing="round")),
         ("mixtral", ROUNDED),
@@ -37,7 +37,7 @@ def test_sizes_are_those_of_the_folder(name: str, recipe: Recipe, tiny: Tiny, te
     assert found.layers == len(checkpoint.modules) and found.skipped == report.skipped
     weights = sum(shape.weights for shape in checkpoint.modules.values())
     assert found.weights == weights and tuple(found.read_bytes) == recipe.bits
-    stored = [path for path in (tmp_path / "out").glob("*.safetensors")]
+    stored = list((tmp_path / "out").glob("*.safetensors"))
     headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in stored)
     assert found.file_bytes == sum(path.stat().st_size for path in stored) - headers
     for bits in recipe.bits:
@@ -58,6 +58,13 @@ def test_more_work_costs_more(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> No
     assert of(gptq).seconds > of(replace(gptq, eval_samples=0)).seconds > of(text).seconds
     assert of(replace(gptq, num_samples=64)).memory_bytes > of(gptq).memory_bytes > of(text).memory_bytes
     assert of(text, "mixtral").memory_bytes > of(text).memory_bytes
+
+
+def test_what_gguf_expands_is_stored_in_16_bits(tiny: Tiny) -> None:
+    source = models.open_source(str(tiny("llama")))
+    layers = models.find_layers(source.model, ROUNDED)
+    full, half = (estimate.estimate_cost(each, layers, ROUNDED).file_bytes for each in (source, replace(source, gguf_file="a.gguf")))
+    assert full - half == 2 * (2 * 258 * 64 + 5 * 64)  # embeddings, head, five norms
 
 
 def test_bad_input_is_refused(tiny: Tiny) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from matquant.codes import CodeChooser
 from matquant.models import Layers, Source, own_tensors
@@ -42,7 +43,7 @@ def estimate_cost(source: Source, layers: Layers, recipe: Recipe) -> Estimate:
     read = {bits: sum(layout.read_bits(shape, bits) for shape in shapes.values()) for bits in layout.widths}
     groups = sum(shape.out * layout.grid.groups(shape.in_features) for shape in shapes.values())
     affine = 1 + (not layout.grid.symmetric) + 2 * len(layout.refit_widths)
-    rest = sum(t.numel() * t.element_size() for name, t in own_tensors(source.model).items() if name.removesuffix(".weight") not in shapes)
+    rest = sum(t.numel() * _stored_size(source, t) for name, t in own_tensors(source.model).items() if name.removesuffix(".weight") not in shapes)
     stored = weights * layout.grid.bits // 8 + groups * affine * SCALE_BITS[layout.scale_dtype] // 8
     return Estimate(
         source.name,
@@ -55,6 +56,11 @@ def estimate_cost(source: Source, layers: Layers, recipe: Recipe) -> Estimate:
         _memory(source, layers, recipe),
         _seconds(layers, recipe, weights),
     )
+
+
+def _stored_size(source: Source, tensor: Tensor) -> int:
+    """Bytes of a number that is not quantized. GGUF is expanded to float32 and stored in 16 bits."""
+    return 2 if source.gguf_file and tensor.is_floating_point() else tensor.element_size()
 
 
 def _memory(source: Source, layers: Layers, recipe: Recipe) -> int:
