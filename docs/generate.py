@@ -1,14 +1,16 @@
 """Rewrite the generated parts of README.md and docs/CLI.md: `make docs`. tests/test_docs.py fails where they are out of date.
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is `flags COMMAND` (from the command line
-itself), `exit codes` (from errors.py), or `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
-`matquant eval --json` prints them).
+itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
+`matquant eval --json` prints them), or `quality MODEL` (from benchmarks/results/quality-MODEL.json, benchmarks/quality.py).
 """
 
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -18,7 +20,7 @@ from matquant.evaluate import Row
 from matquant.report import quality_rows
 
 REPO = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/CLI.md")
+FILES = ("README.md", "docs/CLI.md", "docs/RESULTS.md")
 RESULTS = REPO / "benchmarks" / "results" / "readme.json"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
 
@@ -68,10 +70,52 @@ def results() -> str:
     return f"{stored['caption']}\n\n{markdown(*quality_rows(rows))}"
 
 
+def quality(model: str) -> str:
+    """KL, perplexity, top-1 and bits per weight of every variant at every width, with the command and the setting."""
+    stored = json.loads((REPO / "benchmarks" / "results" / f"quality-{model}.json").read_text())
+    setting, machine, variants = stored["setting"], stored["machine"], stored["variants"]
+    widths = sorted({row["bits"] for variant in variants.values() for row in variant["rows"]}, reverse=True)
+    parts = [
+        f"    {stored['command']}\n\nGroups of {setting['group_size']}. Calibrated on {_counts(setting['train'])} of {_text(setting['calibration'])}, "
+        f"measured on {_counts(setting['held_out'])} of {_text(setting['text'])}. torch {machine['versions']['torch']}, float32, commit {machine['commit']}.\n"
+    ]
+    measures: list[tuple[str, str, Callable[[float], str]]] = [
+        ("KL to the original, nats a token", "kl", lambda value: f"{value:.4f}" if value < 0.1 else f"{value:.3f}"),
+        ("perplexity", "perplexity", lambda value: f"{value:.2f}" if value < 1000 else f"{value:.0f}"),
+        ("top-1 agreement with the original", "top1", lambda value: f"{value:.3f}"),
+        ("bits per weight, metadata included", "bits_per_weight", lambda value: f"{value:.2f}"),
+    ]
+    for title, key, text in measures:
+        rows = [line for name in QUALITY_ORDER if name in variants for line in _quality_lines(variants[name], widths, key, text)]
+        parts.append(f"{title}:\n\n{markdown(['', *map(str, widths)], rows)}")
+    return "\n".join(parts)
+
+
+QUALITY_ORDER = ("rtn", "gptq", "gptq-symmetric", "matgptq", "floor", "round", "floor-symmetric", "round-symmetric")
+
+
+def _quality_lines(variant: dict[str, Any], widths: list[int], key: str, text: Callable[[float], str]) -> list[list[str]]:
+    """One line without refits and one with them, where there are any; widths that have none repeat what they read."""
+    plain = {row["bits"]: row[key] for row in variant["rows"] if not row["refit"]}
+    refits = {row["bits"]: row[key] for row in variant["rows"] if row["refit"]}
+    lines = [(variant["words"], plain)] + ([(variant["words"] + ", refit", plain | refits)] if refits else [])
+    return [[words, *(text(values[bits]) for bits in widths)] for words, values in lines]
+
+
+def _counts(shape: list[int]) -> str:
+    return f"{shape[0]} x {shape[1]} tokens"
+
+
+def _text(name: str) -> str:
+    return "text sampled from the model" if name == "self" else name
+
+
 def render(name: str) -> str:
     kind, _, rest = name.partition(" ")
     if kind == "flags":
         return flags(rest)
+    if kind == "quality":
+        return quality(rest)
     return {"exit codes": exit_codes, "results": results}[name]()
 
 

@@ -70,15 +70,16 @@ class SafetensorsFiles(Mapping[str, Tensor]):
 
 
 class Subset(Mapping[str, Tensor]):
-    """Some of a lazy mapping's tensors."""
+    """Some of a lazy mapping's tensors, floats as `dtype` if it is given."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
-        self._tensors, self._names = tensors, dict.fromkeys(names)
+    def __init__(self, tensors: Mapping[str, Tensor], names: list[str], dtype: torch.dtype | None = None) -> None:
+        self._tensors, self._names, self._dtype = tensors, dict.fromkeys(names), dtype
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._tensors[name]
+        tensor = self._tensors[name]
+        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -254,10 +254,11 @@ class _Run:
 
     def _write(self, checkpoint: Path, train: Tensor) -> None:
         base = [name for name in models.own_tensors(self.source.model) if name.removesuffix(".weight") not in self.layers.quantized]
-        files, config = self._files(), self._config()
+        stored = self._expanded(base)
+        files, config = self._files(), self._config() | ({} if stored is None else {"dtype": str(stored).removeprefix("torch.")})
         self.blocks.quantize(train)
         self.follow("writing", 0, 1)
-        write(checkpoint, ChainMap(models.SafetensorsFiles(self.blocks.files), models.Subset(self.source.tensors, base)), config, files)
+        write(checkpoint, ChainMap(models.SafetensorsFiles(self.blocks.files), models.Subset(self.source.tensors, base, stored)), config, files)
         self.follow("writing", 1, 1)
 
     def _report_files(self, report: Report) -> dict[str, bytes]:
@@ -336,6 +337,13 @@ class _Run:
         left = [name for name in linears if name not in self.layers.quantized]
         config["quantization_config"] = quantization_config(self.recipe, self.layers.quantized, left)
         return config
+
+    def _expanded(self, base: list[str]) -> torch.dtype | None:
+        """What to store floats as that were float32 only because GGUF's blocks were expanded; None: as they are."""
+        if self.source.gguf_file is None:
+            return None
+        largest = max(self.source.tensors[name].abs().max().item() for name in base)
+        return torch.float16 if largest <= torch.finfo(torch.float16).max else torch.bfloat16
 
     def _files(self) -> dict[str, bytes]:
         if self.source.gguf_file is None:
