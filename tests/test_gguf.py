@@ -45,7 +45,9 @@ def folder(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
             heads = 4 if key.endswith("attn_q") else 2
             tensor = tensor.reshape(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         if tensor.ndim == 2:
-            writer.add_tensor(f"{key}.weight", gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(
+                f"{key}.weight", gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0
+            )
         else:
             writer.add_tensor(f"{key}.weight", tensor.numpy())
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()

@@ -108,7 +108,9 @@ def test_clip_search_takes_the_cheapest_range_of_each_group(symmetric: bool, sli
             costs = []
             for shrink in SHRINKS:
                 s, z = fit_grid(w[row, members], grid, torch.float32, shrink)
-                costs.append(slow_cost(w[row, members].numpy(), power[members].numpy(), s.item(), 128 if z is None else z.item(), targets, grid, slicing))
+                costs.append(
+                    slow_cost(w[row, members].numpy(), power[members].numpy(), s.item(), 128 if z is None else z.item(), targets, grid, slicing)
+                )
             z = 128 if zero is None else zero[row, g].item()
             ours = slow_cost(w[row, members].numpy(), power[members].numpy(), scale[row, g].item(), z, targets, grid, slicing)
             assert ours == pytest.approx(min(costs), rel=1e-4)
