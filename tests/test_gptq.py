@@ -13,7 +13,7 @@ from matquant.methods.gptq import choose_codes, factor
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight
 
-PLAIN = Recipe(group_size=8, clip_search=False, act_order=False, refit_bits=0, scale_dtype="float32")
+PLAIN = Recipe(group_size=8, symmetric=True, clip_search=False, act_order=False, refit_bits=0, scale_dtype="float32")
 MATGPTQ = replace(PLAIN, slicing="round", feedback="mean", static_groups=False, targets={8: 1.0, 4: 1.0, 3: 1.0, 2: 1.0})
 
 
