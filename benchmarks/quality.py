@@ -67,7 +67,7 @@ def recipes(variant: Variant, common: dict[str, Any]) -> list[Recipe]:
 def tokens_of(spec: str, tokenizer: Any, dense: Any, count: int, seq_len: int, seed: int) -> torch.Tensor:
     """`count` sequences: cut from a text file, or sampled from the model."""
     if spec == "self":
-        start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+        start = calibration.start_token(tokenizer)
         return calibration.sample_windows(dense, start, count, seq_len, seed, lambda done, of: None)
     stream = calibration.token_stream(tokenizer, calibration.read_texts(spec))
     return windows(stream, seq_len, calibration.leading_token(tokenizer), count)

@@ -619,3 +619,11 @@ def test_too_little_memory(tiny: Tiny, recipe: Recipe, tmp_path: Path, monkeypat
             patch.setattr(blocks, "quantize_group", full)
             quantize(str(tiny("llama")), tmp_path / "out", recipe, OVERWRITE)
     quantize(str(tiny("llama")), tmp_path / "out", recipe, RESUME)
+
+
+def test_the_protocol_names_the_token_that_leads_the_text_measured_on(tiny, tmp_path: Path) -> None:
+    """Sampled calibration starts from <s>; a text of one's own is led only by what the tokenizer itself puts there: nothing."""
+    (tmp_path / "text.txt").write_text("Measured on this, calibrated on something else. " * 20)
+    recipe = Recipe(group_size=32, num_samples=2, seq_len=32, eval_samples=2)
+    report = pipeline.quantize(str(tiny("llama")), tmp_path / "out", recipe, pipeline.RunOptions(eval_text=tmp_path / "text.txt"))
+    assert report.protocol is not None and report.protocol.bos == "none"

@@ -152,16 +152,6 @@ class BlockRun:
             self.follow.line(f"note: {report.name}: {note}")
 
 
-def replace_whole(path: Path, content: bytes) -> None:
-    """Write a whole file or none. Raises OSError."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A whole safetensors file or none, with a checksum for `is_whole`. Raises ResourceError or InputError."""
     partial = path.with_name(path.name + ".tmp")

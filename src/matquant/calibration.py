@@ -88,6 +88,11 @@ def leading_token(tokenizer: Any) -> int | None:
     return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
 
+def start_token(tokenizer: Any) -> int:
+    """The token that sampled text starts from: <s> or what serves as such, else the end of the text before, else 0."""
+    return next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
 def token_stream(tokenizer: Any, texts: Sequence[str]) -> Int[Tensor, " tokens"]:
     """All documents, one after another with an empty line between, without special tokens."""
     return torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)

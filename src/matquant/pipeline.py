@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from matquant import calibration, models
-from matquant.blocks import BlockRun, Progress, Silent, is_whole, replace_whole, save_whole
+from matquant.blocks import BlockRun, Progress, Silent, is_whole, save_whole
 from matquant.card import base_license, model_card
 from matquant.checkpoint import Checkpoint, add_files, quantization_config, write, writing_error
-from matquant.checkpoint.files import MANIFEST, PICKLES, safe_name, sha256_file
+from matquant.checkpoint.files import MANIFEST, PICKLES, replace_whole, safe_name, sha256_file
 from matquant.errors import InputError, MatquantError, RecipeError, ResourceError, ResumeError, choices
 from matquant.estimate import Estimate, estimate_cost
 from matquant.evaluate import Protocol as Measured
@@ -304,21 +304,21 @@ class _Run:
         if external is not None and not train_count:
             return empty, external, bos, str(self.options.eval_text)
         if recipe.calibration == "self":
-            sampled, start = self._sample(tokenizer, train_count + held_count)
+            sampled, leads = self._sample(tokenizer, train_count + held_count)
             train, held = sampled[:train_count], sampled[train_count:]
-            bos, words = start, f"sampled from the original, seed {recipe.seed}, not calibrated on"
+            words = f"sampled from the original, seed {recipe.seed}, not calibrated on"
         else:
             tokens = calibration.token_stream(tokenizer, calibration.read_texts(recipe.calibration))
             train, held = calibration.choose_windows(tokens, recipe.seq_len, train_count, held_count, recipe.seed, recipe.calibration, bos)
-            words = f"{recipe.calibration}, the part not calibrated on"
-        return (train, held, bos, words) if external is None else (train, external, bos, str(self.options.eval_text))
+            leads, words = bos, f"{recipe.calibration}, the part not calibrated on"
+        return (train, held, leads, words) if external is None else (train, external, bos, str(self.options.eval_text))
 
     def _external_windows(self, tokenizer: Any, bos: int | None) -> Tensor:
         tokens = calibration.token_stream(tokenizer, calibration.read_texts(str(self.options.eval_text)))
         return windows(tokens, self.recipe.seq_len, bos, self.recipe.eval_samples)
 
     def _sample(self, tokenizer: Any, count: int) -> tuple[Tensor, int]:
-        start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+        start = calibration.start_token(tokenizer)
         model = self._dense()
         follow = lambda done, of: self.follow("sampling text", done, of)  # noqa: E731
         return calibration.sample_windows(model, start, count, self.recipe.seq_len, self.recipe.seed, follow), start

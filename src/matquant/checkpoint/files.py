@@ -102,6 +102,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def replace_whole(path: Path, content: bytes) -> None:
+    """Write a whole file or none. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
 def sha256_file(path: Path) -> tuple[str, int]:
     """(hex digest, size). Reads 1 MiB at a time."""
     digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(MIB))

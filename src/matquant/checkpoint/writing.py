@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from matquant.checkpoint.files import CONFIG, INDEX, MANIFEST, MAX_BYTES, PICKLES, Manifest, safe_name, walk
+from matquant.checkpoint.files import CONFIG, INDEX, MANIFEST, MAX_BYTES, PICKLES, Manifest, replace_whole, safe_name, walk
 from matquant.checkpoint.format import QUANT_METHOD, VERSION, family, needs, parse_config, value_problem
 from matquant.checkpoint.reading import Checkpoint
 from matquant.errors import CheckpointError, InputError, ResourceError
@@ -107,21 +107,13 @@ def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         for name, data in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _replace(folder / name, data)
+            replace_whole(folder / name, data)
         manifest = Manifest.load(folder)
         known = {} if manifest is None else manifest.files
         fresh = Manifest.of(folder, [name for name in walk(folder) if name != MANIFEST and (name in files or name not in known)])
-        _replace(folder / MANIFEST, Manifest(dict(sorted({**known, **fresh.files}.items()))).to_bytes())
+        replace_whole(folder / MANIFEST, Manifest(dict(sorted({**known, **fresh.files}.items()))).to_bytes())
     except OSError as error:
         raise writing_error(error, folder, "choose another output folder") from None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    _sync(partial)
-    os.replace(partial, path)
 
 
 def writing_error(error: BaseException, place: Path, advice: str) -> BaseException:

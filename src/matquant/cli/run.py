@@ -183,7 +183,7 @@ def sequences_for(
         sequences = windows(ids, setup.seq_len, bos, count)
         return sequences, Protocol.of(sequences, bos, text)
     model = original if original is not None else load_model(folder, None, setup.device, setup.dtype)
-    start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    start = calibration.start_token(tokenizer)
     sampling = lambda done, of: progress("sampling text", done, of)  # noqa: E731
     sequences = calibration.sample_windows(model, start, count, setup.seq_len, setup.seed, sampling)
     who = "the original" if original is not None else "the checkpoint at its widest"
