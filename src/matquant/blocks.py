@@ -1,31 +1,32 @@
 """Quantize a model block by block; every finished block is one safetensors file, so that a killed run loses at most one block.
 
-Calibration activations pass through blocks that are quantized already, read at the widest target: the classic method sees its
-own drift, the nested one that of its best width. A resumed run takes finished blocks from their files and only sends the
-activations through them again; these are the same to the bit on the same number of threads, so the blocks that follow are too.
+Within a block, layers are quantized in the order in which they are called (q, k, v; o; gate, up; down), each on inputs that have
+passed the quantized layers before it, one stream of activations for each width that has its own. A resumed run takes finished
+blocks from their files and only sends the streams through them again; these are the same to the bit on the same number of
+threads, so the blocks that follow are too.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from matquant import calibration, methods, models
+from matquant import activations, models
 from matquant.checkpoint import module_tensors, nested_weight, writing_error
 from matquant.errors import InputError
+from matquant.groups import BlockState
 from matquant.plan import Shape
 from matquant.recipe import Recipe
-from matquant.refit import refit
 from matquant.report import LayerReport
-from matquant.weight import NestedWeight, Refit
+from matquant.weight import NestedWeight
 
 
 @runtime_checkable  # shape checkers ask isinstance
@@ -47,7 +48,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class BlockRun:
-    """One pass over the blocks of `source`. folder: where the block files go. calibrated: whether anything looks at activations."""
+    """One pass over the blocks of `source`. folder: where the block files go. streams_on_disk: keep activations there too, mapped."""
 
     source: models.Source
     layers: models.Layers
@@ -56,6 +57,7 @@ class BlockRun:
     device: torch.device
     dtype: torch.dtype
     follow: Progress
+    streams_on_disk: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -82,6 +84,11 @@ class BlockRun:
         stored = models.SafetensorsFiles(self.files)
         return tuple(_layer_from_json(row) for file in self.files for row in json.loads(stored.metadata(file)["layers"]))
 
+    def outputs(self) -> tuple[Mapping[int, float], ...]:
+        """Relative output error of every block, by the width of its stream, from the block files."""
+        stored = models.SafetensorsFiles(self.files)
+        return tuple({int(bits): error for bits, error in json.loads(stored.metadata(file)["output"]).items()} for file in self.files)
+
     def quantize(self, train: Tensor) -> None:
         """Make the file of every block that has no sound one. train: Int[Tensor, "samples length"], tokens to calibrate on."""
         prefix, blocks = models.find_blocks(self.source.model)
@@ -90,25 +97,39 @@ class BlockRun:
         if not todo:
             return
         models.materialize(self.source, blocks[0], f"{prefix}.0", self.device, self.dtype)
-        calls: list[calibration.Call] = []
-        hidden: list[Tensor] = []
+        calls: list[activations.Call] = []
+        streams: dict[int, Tensor] = {}
         if self.calibrated:
             models.materialize_around(self.source, prefix, self.device, self.dtype)
-            calls, hidden = calibration.record(self.source.model, blocks, train, self.device)
+            calls, hidden = activations.record(self.source.model, blocks, train, self.device)
+            streams = {width: activations.like(hidden, self._stream_file(width)) for width in (activations.ORIGINAL, *self.recipe.stream_widths)}
         for index, block in enumerate(blocks[: todo[-1] + 1]):
             self.follow("quantizing", index, len(blocks))
             name = f"{prefix}.{index}"
             if index:
                 models.materialize(self.source, block, name, self.device, self.dtype)
+            run = BlockState(block, name, self.layers.of_block(index), calls[index] if calls else None, streams, self.recipe)
             if index in todo:
-                results = self._quantize_block(index, block, name, calls[index] if calls else None, hidden)
+                results = run.quantize(self._tell)
+                output = run.advance()
                 tensors = {key: value.cpu() for layer, (weight, _) in results.items() for key, value in module_tensors(layer, weight).items()}
-                save_whole(files[index], tensors, {"layers": json.dumps([_layer_to_json(report) for _, report in results.values()])})
-            if self.calibrated and index < todo[-1]:
-                self._read_back(files[index], index)
-                calibration.propagate(block, calls[index], hidden)
+                rows = [_layer_to_json(report) for _, report in results.values()]
+                save_whole(files[index], tensors, {"layers": json.dumps(rows), "output": json.dumps({str(r): e for r, e in output.items()})})
+            elif self.calibrated:
+                stored = models.SafetensorsFiles([files[index]])
+                for layer in run.names:
+                    run.put(layer, self._stored(stored, layer))
+                run.advance()
             models.release(block)
         self.follow("quantizing", len(blocks), len(blocks))
+
+    def _stream_file(self, width: int) -> Path | None:
+        """Where a stream lies if it is kept on disk; whatever was there before belongs to a killed run."""
+        if not self.streams_on_disk:
+            return None
+        file = self.folder / f"stream-{width}.bin"
+        file.unlink(missing_ok=True)
+        return file
 
     def _finished(self, index: int, file: Path) -> bool:
         """Whether the block's file is there and whole; a damaged one is told, and made again."""
@@ -116,34 +137,6 @@ class BlockRun:
             self.follow.line(f"block {index} is made again: {file} is damaged")
             return False
         return file.exists()
-
-    def _read_back(self, file: Path, index: int) -> None:
-        """Put the block's quantized weights, read at the widest target, where the original ones were."""
-        stored, width = models.SafetensorsFiles([file]), max(self.recipe.targets)
-        for name in self.layers.of_block(index):
-            module = self.source.model.get_submodule(name)
-            models.set_weight(module, self._stored(stored, name).read(width).dense().to(self.device))
-
-    def _quantize_block(
-        self, index: int, block: nn.Module, prefix: str, call: calibration.Call | None, hidden: list[Tensor]
-    ) -> dict[str, tuple[NestedWeight, LayerReport]]:
-        names = self.layers.of_block(index)
-        moments: dict[str, calibration.Moments] = {}
-        leaders: dict[str, str] = {}
-        if call is not None and names:
-            moments, leaders = calibration.input_moments(block, call, hidden, names, prefix)
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            groups.setdefault(leaders.get(name, name), []).append(name)
-        results: dict[str, tuple[NestedWeight, LayerReport]] = {}
-        for leader, members in groups.items():
-            weights = {name: models.get_weight(self.source.model.get_submodule(name)) for name in members}
-            h = moments[leader].h if leader in moments else torch.eye(self.layers.quantized[leader].in_features, device=self.device)
-            notes = () if leader in moments or not self.calibrated else ("no token reached it: its inputs count as equally strong",)
-            for name, (weight, report) in quantize_group(weights, h, self.recipe).items():
-                results[name] = weight, replace(report, notes=notes + report.notes)
-                self._tell(results[name][1])
-        return {name: results[name] for name in names}
 
     def _tell(self, report: LayerReport) -> None:
         errors = "  ".join(f"{bits}: {error:.1e}" if error is not None else f"{bits}: -" for bits, error in report.errors.items())
@@ -185,49 +178,18 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def _layer_to_json(report: LayerReport) -> dict[str, Any]:
-    errors = {str(bits): error for bits, error in report.errors.items()}
-    return {"name": report.name, "shape": [report.shape.out, report.shape.in_features], "errors": errors, "notes": list(report.notes)}
+    keyed = lambda errors: {str(bits): error for bits, error in errors.items()}  # noqa: E731
+    stages = {name: keyed(errors) for name, errors in report.stages.items()}
+    return {
+        "name": report.name,
+        "shape": [report.shape.out, report.shape.in_features],
+        "errors": keyed(report.errors),
+        "notes": list(report.notes),
+        "stages": stages,
+    }
 
 
 def _layer_from_json(row: Mapping[str, Any]) -> LayerReport:
-    errors = {int(bits): error for bits, error in row["errors"].items()}
-    return LayerReport(row["name"], Shape(*row["shape"]), errors, tuple(row["notes"]))
-
-
-# --- one group of layers --------------------------------------------------------------------------------------------
-
-
-def quantize_group(weights: Mapping[str, Tensor], h: Tensor, recipe: Recipe) -> dict[str, tuple[NestedWeight, LayerReport]]:
-    """Quantize layers that share their input, stacked by rows: rows do not interact, and one pass over columns serves all.
-
-    weights: name -> float32 [out, in]. h: float32 [in, in], second moments of the shared input.
-    """
-    w = torch.cat(list(weights.values()))
-    chosen = methods.load(recipe.method)(w, h, recipe)
-    finite = bool(h.isfinite().all())
-    notes = chosen.notes if finite or chosen.notes else ("the Hessian is not finite: its inputs count as equally strong",)
-    usable = h if finite else torch.eye(len(h), device=h.device)
-    nested = refit(chosen.weight, w, usable, recipe.layout.refit_widths)
-    loss = {bits: _row_losses(w, nested.read(bits).dense(), usable) for bits in recipe.bits}
-    power = _row_losses(w, torch.zeros_like(w), usable)
-    results: dict[str, tuple[NestedWeight, LayerReport]] = {}
-    start = 0
-    for name, weight in weights.items():
-        rows = slice(start, start + len(weight))
-        start += len(weight)
-        total = power[rows].sum().item()
-        errors = {bits: loss[bits][rows].sum().item() / total if total > 0 else None for bits in recipe.bits}
-        results[name] = _rows(nested, rows), LayerReport(name, Shape(*weight.shape), errors, notes)
-    return results
-
-
-def _row_losses(w: Tensor, read: Tensor, h: Tensor) -> Tensor:
-    """Of each row e of w - read: e H e^T."""
-    error = w - read
-    return ((error @ h) * error).sum(1).double()
-
-
-def _rows(weight: NestedWeight, rows: slice) -> NestedWeight:
-    refits = {bits: Refit(fit.scale[rows], fit.offset[rows]) for bits, fit in weight.refits.items()}
-    zero = None if weight.zero is None else weight.zero[rows]
-    return replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero=zero, refits=refits)
+    keyed = lambda errors: {int(bits): error for bits, error in errors.items()}  # noqa: E731
+    stages = {name: keyed(errors) for name, errors in row["stages"].items()}
+    return LayerReport(row["name"], Shape(*row["shape"]), keyed(row["errors"]), tuple(row["notes"]), stages)

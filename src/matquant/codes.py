@@ -22,7 +22,7 @@ Every read is affine in an integer: w_r = scale_r p + offset_r with scale_r = s 
 `tests/golden` holds every code x width x rule; each backend is held against it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -142,6 +142,38 @@ def read_affine(
     return s * step, s * (shift - z)
 
 
+def refit_affine(
+    scale: Float[Tensor, "out groups"],
+    k: UInt8[Tensor, "out groups"],
+    u: UInt8[Tensor, "out groups"],
+    bits: int,
+    grid: Grid,
+    slicing: Slicing,
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    step, shift = read_rule(bits, grid, slicing)
+    s, m = scale.float(), k.float() / 128
+    middle = grid.max_code / 2
+    return s * (m * step), s * (m * (shift - middle) + middle - u.float() * 2.0 ** (grid.bits - 8))
+
+
+def snap_refit(
+    scale_r: Float[Tensor, "out groups"],
+    offset_r: Float[Tensor, "out groups"],
+    scale: Float[Tensor, "out groups"],
+    bits: int,
+    grid: Grid,
+    slicing: Slicing,
+) -> tuple[UInt8[Tensor, "out groups"], UInt8[Tensor, "out groups"]]:
+    step, shift = read_rule(bits, grid, slicing)
+    s, middle = scale.float(), grid.max_code / 2
+    k = (scale_r / (s * step) * 128 + 0.5).floor().clamp(1, 255)
+    # the centre of the read, not its offset, is to stay where it was fitted while the scale is rounded
+    top = (2**grid.bits / step - 1) / 2
+    centre = scale_r * top + offset_r
+    u = (k / 128 * (step * top + shift - middle) + middle - centre / s) * 2.0 ** (8 - grid.bits)
+    return k.to(torch.uint8), (u + 0.5).floor().clamp(0, 255).to(torch.uint8)
+
+
 @lru_cache(maxsize=256)
 def _levels(bits: int, grid: Grid, slicing: Slicing) -> Tensor:
     codes = torch.arange(2**grid.bits, dtype=torch.uint8)
@@ -197,31 +229,34 @@ def nearest_code(t: Float[Tensor, "*shape"], grid: Grid) -> UInt8[Tensor, "*shap
 
 @dataclass(frozen=True)
 class CodeChooser:
-    """argmin_q sum_r lam_r (t_r - levels_r[q])^2, exactly, one t per width.
+    """argmin_q sum_r weight_r (t_r - p_r(q))^2, exactly: p_r(q) is the sliced code, t_r where width r would like it to be.
 
     Every width below the parent's depends on a prefix of the code only. So: enumerate the 2^k prefixes that the widths below
-    c tell apart, take the best residual of each in closed form (the parent's read is affine within a prefix), and keep the
-    cheapest. k = 4 for targets 8,4,3,2 under `floor`: 16 candidates instead of 256.
+    c tell apart, take the best residual of each in closed form (the parent's sliced code counts up by one within a prefix),
+    and keep the cheapest. k = 4 for targets 8,4,3,2 under `floor`: 16 candidates instead of 256.
 
-    widths: below the parent's, and their weights lam. parent_lam 0 means that the parent width is not a target; its t then
-    only breaks the tie among codes that the targets cannot tell apart.
+    Each width has its own t and weight, so its read may be any affine map of p: with w_r = scale_r p + offset_r and the squared
+    error of a weight x counted lam_r times, t_r = (x - offset_r) / scale_r and weight_r = lam_r scale_r^2.
+
+    widths: below the parent's. parent_counts: whether the parent width is a target; if not, its t only breaks the tie among
+    codes that the targets cannot tell apart.
     """
 
     grid: Grid
     slicing: Slicing
     widths: tuple[int, ...]
-    lams: tuple[float, ...]
-    parent_lam: float
+    parent_counts: bool
     prefix_bits: int
 
     @staticmethod
-    def of(targets: Mapping[int, float], grid: Grid, slicing: Slicing) -> "CodeChooser":
-        widths = tuple(sorted((r for r in targets if r < grid.bits), reverse=True))
+    def of(targets: Iterable[int], grid: Grid, slicing: Slicing) -> "CodeChooser":
+        """`targets`: the widths that count (a mapping's keys will do)."""
+        counted = set(targets)
+        widths = tuple(sorted((r for r in counted if r < grid.bits), reverse=True))
         k = max((planes_needed(r, grid.bits, slicing) for r in widths), default=0)
         if grid.overlap:
-            k = max(k, 4)  # the parent's read is affine only within a high nibble
-        lams = tuple(float(targets[r]) for r in widths)
-        return CodeChooser(grid, slicing, widths, lams, float(targets.get(grid.bits, 0.0)), k)
+            k = max(k, 4)  # the parent's sliced code counts up by one only within a high nibble
+        return CodeChooser(grid, slicing, widths, grid.bits in counted, k)
 
     @property
     def streams(self) -> tuple[int, ...]:
@@ -231,24 +266,24 @@ class CodeChooser:
     def tables(self, device: torch.device) -> "ChooserTables":
         """What `choose` looks up, on `device`."""
         residuals = 2 ** (self.grid.bits - self.prefix_bits)
-        first = torch.arange(2**self.prefix_bits) * residuals
-        below = [levels(r, self.grid, self.slicing)[first].to(device) for r in self.widths]
-        base = levels(self.grid.bits, self.grid, self.slicing)[first].to(device)
-        return ChooserTables(below, base, residuals, slope=2.0 if self.grid.overlap else 1.0)
+        first = (torch.arange(2**self.prefix_bits) * residuals).to(torch.uint8)
+        sliced = torch.stack([slice_codes(first, r, self.grid, self.slicing) for r in self.streams])
+        return ChooserTables(sliced[:-1].float().to(device), sliced[-1].float().to(device), residuals)
 
-    def choose(self, t: Float[Tensor, "streams n"], tables: "ChooserTables") -> UInt8[Tensor, " n"]:
-        """The best code of each column of t (units of the parent scale, zero added); `tables` from `tables(t.device)`."""
-        base, residuals, slope = tables.base, tables.residuals, tables.slope
-        e = ((t[-1, :, None] - base) / slope + 0.5).floor_().clamp_(0, residuals - 1)
+    def choose(self, t: Float[Tensor, "streams n"], weight: Float[Tensor, "streams n"], tables: "ChooserTables") -> UInt8[Tensor, " n"]:
+        """The best code of each column of t, each >= 0 `weight` in the order of `streams`; `tables` from `tables(t.device)`."""
+        base, residuals = tables.base, tables.residuals
+        reach = t[-1, :, None] - base
+        e = (reach + 0.5).floor_().clamp_(0, residuals - 1)
         if len(base) == 1:
             return e[:, 0].to(torch.uint8)
         cost = torch.zeros_like(e)
-        for t_r, level, lam in zip(t, tables.below, self.lams, strict=False):  # the last t is the parent's
-            miss = t_r[:, None] - level
-            cost.addcmul_(miss, miss, value=lam)
-        miss = t[-1, :, None] - base - slope * e
-        if self.parent_lam:
-            cost.addcmul_(miss, miss, value=self.parent_lam)
+        for t_r, weight_r, p in zip(t, weight, tables.below, strict=False):  # the last t is the parent's
+            miss = t_r[:, None] - p
+            cost.addcmul_(miss.square_(), weight_r[:, None])
+        miss = reach.sub_(e)
+        if self.parent_counts:
+            cost.addcmul_(miss.square_(), weight[-1, :, None])
         else:
             cost = miss.abs_().masked_fill_(cost > cost.amin(1, keepdim=True), torch.inf)
         best = cost.argmin(1, keepdim=True)
@@ -256,10 +291,9 @@ class CodeChooser:
 
 
 class ChooserTables(NamedTuple):
-    """below: what each prefix reads as, [2^k] for each width below the parent's. base, slope: the parent reads base + slope e
-    for residual e of a prefix. residuals: how many there are."""
+    """below: sliced code of each prefix, [widths, 2^k]. base: the parent's sliced code of a prefix's first code, to which
+    residual e of `residuals` adds e."""
 
-    below: list[Tensor]
-    base: Tensor
+    below: Float[Tensor, "widths prefixes"]
+    base: Float[Tensor, " prefixes"]
     residuals: int
-    slope: float

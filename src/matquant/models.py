@@ -297,10 +297,9 @@ def get_weight(module: nn.Module) -> Tensor:
     return (weight.T if isinstance(module, Conv1D) else weight).contiguous().clone()
 
 
-def set_weight(module: nn.Module, weight: Tensor) -> None:
-    """Put a dense [out, in] weight back, in the layer's own dtype."""
-    with torch.no_grad():
-        module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+def held_as(module: nn.Module, weight: Tensor) -> Tensor:
+    """A dense [out, in] weight as the layer would hold it: its layout, dtype and device."""
+    return (weight.T if isinstance(module, Conv1D) else weight).to(module.weight).contiguous()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Recipe: everything a quantization run depends on. Every default stands here, once; command-line flags are its fields.
 
-`targets` maps a width to its weight lam_r in sum_r lam_r loss_r, in units of the squared parent step. {8: 100, 4: 4, 3: 2, 2: 1}
-is the default because lam_8 is the knob between the high and the low widths (docs/RESULTS.md); {8: 1} is the classic method.
+`targets` maps a width to its weight lam_r in sum_r lam_r loss_r, where a loss of 1 is what a run dedicated to that width is expected
+to lose (objective.py); with `normalize` off, in units of the squared parent step, as the papers count. {8: 1} is the classic method.
 """
 
 import hashlib
@@ -22,7 +22,10 @@ METHOD_NAMES = ("minmax", "gptq")
 
 
 def _targets() -> dict[int, float]:
-    return {8: 100.0, 4: 4.0, 3: 2.0, 2: 1.0}
+    return {8: 0.02, 4: 0.25, 3: 0.5, 2: 1.0}
+
+
+FAVOR = 3.0  # how much more a favoured width weighs
 
 
 def _help(text: str, **kwargs: Any) -> Any:
@@ -35,6 +38,8 @@ class Recipe:
     method: str = _help("how codes are chosen: gptq, or minmax (round to nearest, no calibration)", default="gptq")
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
     targets: Mapping[int, float] = _help("widths that are optimised and the weight of each, for instance 8:100,4:4,3:2,2:1", default_factory=_targets)
+    normalize: bool = _help("count a target's loss relative to what a run dedicated to it would lose; off = raw lambdas, as in the papers", default=True)
+    favor: tuple[int, ...] = _help("targets that matter most to you, for instance 4,3: their weights are tripled", default=())
     parent_bits: int = _help("stored width of a code", default=8)
     group_size: int = _help("input channels that share a scale; -1 = the whole row", default=64)
     symmetric: bool = _help("zero fixed at the middle of the grid, not stored; off = a stored zero per group", default=False)
@@ -46,6 +51,9 @@ class Recipe:
     act_order: bool = _help("visit input channels in order of descending activation power", default=True)
     static_groups: bool = _help("fix scales before the first code is chosen; off = when the group is reached, as the papers do", default=True)
     feedback: Feedback = _help("error feedback of gptq: per-width, or mean (MatGPTQ's rule)", default="per-width")
+    streams: tuple[int, ...] = _help("widths whose own activations calibrate them; none named = every target", default=())
+    asymmetric_calibration: float = _help("share of the inputs' drift that weights make up for (GPTAQ): 0 to 1", default=0.0)
+    sweeps: int = _help("rounds of refit and coordinate descent over the codes after GPTQ", default=2)
     damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)
     skip: tuple[str, ...] = _help("shell-style patterns of module names to leave unquantized", default=())
     calibration: str = _help("FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT], or self (text sampled from the model)", default="self")
@@ -59,13 +67,17 @@ class Recipe:
         self._check_choice("method", METHOD_NAMES)
         self._check_choice("scale_dtype", SCALE_BITS)
         self._check_choice("feedback", get_args(Feedback))
-        for name, low in {"num_samples": 1, "seq_len": 2, "eval_samples": 0, "refit_bits": 0, "seed": 0}.items():
+        for name, low in {"num_samples": 1, "seq_len": 2, "eval_samples": 0, "refit_bits": 0, "sweeps": 0, "seed": 0}.items():
             if getattr(self, name) < low:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         if self.seed >= 2**63:
             raise RecipeError(f"seed is {self.seed}; it must be below 2^63")
         if not 0 < self.damping < float("inf"):
             raise RecipeError(f"damping is {self.damping}; it must be a positive number, for instance 0.01")
+        if not 0 <= self.asymmetric_calibration <= 1:
+            raise RecipeError(f"asymmetric_calibration is {self.asymmetric_calibration}; it must be a share from 0 to 1, for instance 0.5")
+        if self.feedback == "mean" and len(self.stream_widths) > 1:
+            raise RecipeError(f"feedback mean keeps one running weight, which needs one stream, not {list(self.stream_widths)}; name one, for instance --streams 8")
         if self.act_order and not self.static_groups:
             raise RecipeError("act_order needs static_groups: groups reached in another order would have no fixed members; switch one of them")
         if self.clip_search and not self.static_groups:
@@ -80,12 +92,16 @@ class Recipe:
             raise RecipeError(f"bits is {list(self.bits)}; give each read width once, for instance 8,6,4,3,2")
         if not self.targets:
             raise RecipeError("targets is empty; give at least one width and its weight, for instance 8:1")
-        for width in (*self.bits, *self.targets):
+        for width in self.favor:
+            if width not in self.targets:
+                raise RecipeError(f"favor names {width} bits, which is no target; {choices(width, self.targets)}")
+        for width in (*self.bits, *self.targets, *self.streams):
             check_rule(width, self.grid, self.slicing)
         for width, lam in self.targets.items():
             if not 0 < lam < float("inf"):
                 raise RecipeError(f"targets gives {width} bits the weight {lam}; weights must be positive")
         object.__setattr__(self, "bits", tuple(sorted(self.bits, reverse=True)))
+        object.__setattr__(self, "streams", tuple(sorted(set(self.streams), reverse=True)))
         object.__setattr__(self, "targets", {r: float(self.targets[r]) for r in sorted(self.targets, reverse=True)})
 
     @property
@@ -97,10 +113,25 @@ class Recipe:
         refits = tuple(r for r in self.bits if r <= self.refit_bits)
         return Layout(self.grid, self.slicing, self.bits, refits, self.scale_dtype)
 
+    @property
+    def importance(self) -> Mapping[int, float]:
+        """`targets`, those of `favor` tripled."""
+        return {r: lam * (FAVOR if r in self.favor else 1.0) for r, lam in self.targets.items()}
+
+    @property
+    def stream_widths(self) -> tuple[int, ...]:
+        """The widths that have activations of their own, descending."""
+        return self.streams or tuple(self.targets)
+
+    def stream_of(self, bits: int) -> int:
+        """The stream that calibrates a width: the narrowest that is no narrower than it, else the widest."""
+        return min((r for r in self.stream_widths if r >= bits), default=max(self.stream_widths))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back to an equal recipe."""
         targets = {str(r): lam for r, lam in self.targets.items()}
-        return asdict(self) | {"bits": list(self.bits), "targets": targets, "skip": list(self.skip)}
+        lists = {name: list(getattr(self, name)) for name in ("bits", "favor", "streams", "skip")}
+        return asdict(self) | lists | {"targets": targets}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Recipe":
@@ -142,7 +173,7 @@ def _coerce(name: str, value: Any, like: Any) -> Any:
         if isinstance(like, tuple):
             if not isinstance(value, (list, tuple)):
                 raise ValueError("a list")
-            return tuple(_whole(v) if name == "bits" else _text(v) for v in cast("list[Any]", value))
+            return tuple(_text(v) if name == "skip" else _whole(v) for v in cast("list[Any]", value))
         if isinstance(like, bool):
             if not isinstance(value, bool):
                 raise ValueError("true or false")

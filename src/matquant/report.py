@@ -7,7 +7,7 @@ so that the terminal, the model card and a web page show the same digits.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,16 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LayerReport:
-    """errors: width -> ||X (W_r - W)^T||^2 / ||X W^T||^2 on the calibration text, None where that has no value (0 / 0)."""
+    """errors: width -> ||X (W_r - W)^T||^2 / ||X W^T||^2 on the calibration text, None where that has no value (0 / 0).
+
+    stages: the same after each stage of the method (gptq, refit, sweeps), for the targets; empty if it has no stages.
+    """
 
     name: str
     shape: Shape
     errors: Mapping[int, float | None]
     notes: tuple[str, ...] = ()
+    stages: Mapping[str, Mapping[int, float | None]] = field(default_factory=dict[str, Mapping[int, float | None]])
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _whole(value: Any) -> int:
 
 
 def _row(data: Mapping[str, Any]) -> Row:
-    wanted = {field.name for field in fields(Row)}
+    wanted = {part.name for part in fields(Row)}
     if set(data) != wanted:
         raise ValueError(f"a row has {sorted(data)}, not {sorted(wanted)}")
     optional = {name: None if data[name] is None else _number(data[name]) for name in ("bits", "kl", "kl_p999", "top1")}

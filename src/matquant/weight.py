@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from matquant.codes import Grid, Slicing, planes_needed, read_affine, slice_codes
+from matquant.codes import Grid, Slicing, planes_needed, read_affine, refit_affine, slice_codes
 from matquant.errors import MissingPlanesError
 from matquant.packing import pack_planes
 
@@ -37,10 +37,10 @@ class AffineWeight:
 
 @dataclass(frozen=True)
 class Refit:
-    """Scale and offset of one width, fitted after the codes were chosen; they replace what the parent grid implies."""
+    """Scale and zero of one width."""
 
-    scale: Float[Tensor, "out groups"]
-    offset: Float[Tensor, "out groups"]
+    scale: UInt8[Tensor, "out groups"]
+    zero: UInt8[Tensor, "out groups"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class NestedWeight:
 
     codes: UInt8[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
-    zero: Float[Tensor, "out groups"] | None
+    zero: UInt8[Tensor, "out groups"] | None
     grid: Grid
     slicing: Slicing
     refits: Mapping[int, Refit] = field(default_factory=dict[int, Refit])
@@ -68,16 +68,18 @@ class NestedWeight:
 
     def read(self, bits: int) -> AffineWeight:
         """The `bits`-wide read. Raises RecipeError for a width the grid lacks, MissingPlanesError for planes not held."""
-        refit = self.refits.get(bits)
         codes = slice_codes(self.codes, bits, self.grid, self.slicing)
         need = planes_needed(bits, self.grid.bits, self.slicing)
         if need > self.planes:
             raise MissingPlanesError(f"{bits} bits need planes 0-{need - 1}, but only 0-{self.planes - 1} are here; get the missing plane files")
+        return AffineWeight(codes, *self.affine(bits), bits)
+
+    def affine(self, bits: int) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        """(scale, offset) of the `bits`-wide read, float32."""
+        refit = self.refits.get(bits)
         if refit is None:
-            scale, offset = read_affine(self.scale, self.zero, bits, self.grid, self.slicing)
-        else:
-            scale, offset = refit.scale.float(), refit.offset.float()
-        return AffineWeight(codes, scale, offset, bits)
+            return read_affine(self.scale, self.zero, bits, self.grid, self.slicing)
+        return refit_affine(self.scale, refit.scale, refit.zero, bits, self.grid, self.slicing)
 
     def packed(self) -> UInt8[Tensor, "planes out bytes"]:
         """The planes as the checkpoint stores them."""

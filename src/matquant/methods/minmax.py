@@ -8,21 +8,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from matquant.activations import Inputs
 from matquant.clip import search_grid
 from matquant.codes import fit_grid, nearest_code
+from matquant.factor import factorize, visiting_order
 from matquant.methods import Chosen
+from matquant.objective import build
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight
 
 
-def quantize(w: Float[Tensor, "out in"], h: Float[Tensor, "in in"], recipe: Recipe) -> Chosen:
+def quantize(w: Float[Tensor, "out in"], inputs: Inputs, recipe: Recipe) -> Chosen:
     """Round `w` (float32) to the nearest codes of `recipe.grid`."""
     grid, dtype = recipe.grid, getattr(torch, recipe.scale_dtype)
     wg = w.reshape(w.shape[0], grid.groups(w.shape[1]), -1)
     if recipe.clip_search:
-        scale, zero = search_grid(w, torch.diagonal(h), recipe.targets, grid, recipe.slicing, dtype)
+        order = visiting_order(inputs.h.values(), act_order=False)
+        objective = build(w, inputs, {stream: factorize(h, recipe.damping, order) for stream, h in inputs.h.items()}, recipe)
+        scale, zero = search_grid(w, *objective.by_target(inputs, recipe), recipe)
     else:
         scale, zero = fit_grid(wg, grid, dtype)
     t = wg / scale[..., None] + (grid.center if zero is None else zero[..., None])
     codes = nearest_code(t, grid).reshape(w.shape)
-    return Chosen(NestedWeight(codes, scale.to(dtype), None if zero is None else zero.to(dtype), grid, recipe.slicing))
+    return Chosen(NestedWeight(codes, scale.to(dtype), None if zero is None else zero.to(torch.uint8), grid, recipe.slicing))

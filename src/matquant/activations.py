@@ -1,0 +1,255 @@
+"""Activations, block by block: one stream of hidden states for each width that calibrates on its own, and the original's.
+
+A block is called exactly as the model calls it: its arguments (masks, rotary embeddings, whatever an architecture passes) are
+recorded once, on the first sequence, with every block standing in as an identity. All sequences have one length and no padding,
+so these arguments serve for every sequence; only the hidden state differs.
+
+A stream is what flows through the model when every layer before is read at that width. So each width meets its own drift, and
+its Hessians are those of the inputs that it will see.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from matquant.errors import InputError
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one block: everything but the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    named: bool  # the hidden state is passed by name
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        result = block(*self.args, hidden_states=hidden, **self.kwargs) if self.named else block(hidden, *self.args, **self.kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+
+class _Stop(Exception):
+    """Raised inside a forward pass once all that was wanted has been seen."""
+
+
+def record(
+    model: nn.Module, blocks: nn.ModuleList, windows: Int[Tensor, "samples length"], device: torch.device
+) -> tuple[list[Call], Float[Tensor, "samples length hidden"]]:
+    """(how each block is called, the first block's inputs). Block 0 and all around it must hold real weights."""
+    calls: list[Call] = []
+    hidden: list[Tensor] = []
+    tuples = False
+
+    def enter(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            nonlocal tuples
+            named = "hidden_states" in kwargs
+            x = kwargs.pop("hidden_states") if named else args[0]
+            rest = args if named else args[1:]
+            if index == 0:
+                hidden.append(x.detach())
+                if calls:
+                    raise _Stop
+                result = original(*args, hidden_states=x, **kwargs) if named else original(*args, **kwargs)
+                tuples = isinstance(result, tuple)
+            calls.append(Call(rest, kwargs, named))
+            if index == len(blocks) - 1:
+                raise _Stop
+            return (x, *[None] * 4) if tuples else x
+
+        return stand_in
+
+    originals = [block.forward for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = enter(index, originals[index])
+        with torch.inference_mode():
+            for window in windows:
+                _run_until_stop(model, window[None].to(device))
+    finally:
+        for block in blocks:
+            del block.forward  # uncovers the class's own
+    return calls, torch.cat(hidden)
+
+
+def _run_until_stop(model: nn.Module, ids: Tensor) -> None:
+    try:
+        model(ids, use_cache=False)
+    except _Stop:
+        return
+    raise InputError("the model never called its decoder blocks; its architecture cannot be walked block by block")
+
+
+def like(hidden: Float[Tensor, "samples length hidden"], file: Path | None) -> Float[Tensor, "samples length hidden"]:
+    """A copy of `hidden`: in memory, or mapped to `file`, so that the system may write it out when memory is short."""
+    if file is None:
+        return hidden.clone()
+    mapped = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+    return mapped.copy_(hidden)
+
+
+# --- statistics of a block's inputs ---------------------------------------------------------------------------------
+
+Weights = Mapping[str, Tensor]  # layer -> its weight as the module holds it
+ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Second moments of one layer's inputs, by the width of the stream that they come from.
+
+    h: H_r = mean of x_r x_r^T over tokens. cross: C_r = mean of (x - x_r) x_r^T, x from the original model; empty if not wanted.
+    """
+
+    h: Mapping[int, Float[Tensor, "in in"]]
+    cross: Mapping[int, Float[Tensor, "in in"]] = field(default_factory=dict[int, Tensor])
+
+
+@dataclass
+class Moments:
+    """A running mean of products."""
+
+    total: Float[Tensor, "in in"]
+    tokens: int = 0
+
+    def add(self, x: Float[Tensor, "tokens in"], y: Float[Tensor, "tokens in"]) -> None:
+        self.total.addmm_(x.T, y)
+        self.tokens += len(x)
+
+    @property
+    def mean(self) -> Float[Tensor, "in in"]:
+        return self.total / max(self.tokens, 1)
+
+
+def place(layers: Mapping[str, nn.Module], weights: Weights) -> None:
+    """Let the layers compute with these weights; nothing is copied."""
+    for name, weight in weights.items():
+        layers[name].weight.data = weight
+
+
+def stages(block: nn.Module, call: Call, hidden: Tensor, layers: Mapping[str, nn.Module]) -> list[list[list[str]]]:
+    """The layers in the order in which a block calls them: stages of groups of layers.
+
+    Layers that are handed the very same tensor (q, k, v; gate, up) are a group: they have one H. A later stage's inputs depend on
+    an earlier stage's layers. Groups whose layers have the same last names (the experts of one kind) are taken for one
+    stage. Layers that no token reaches (`hidden` has none for them) come last, each alone.
+    """
+    groups: dict[str, list[str]] = {}
+    seen: list[tuple[Tensor, str]] = []  # of the call under way; holding the tensor keeps its identity its own
+    leader: dict[str, str] = {}
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if name not in leader:
+                leader[name] = next((other for tensor, other in seen if tensor is args[0]), name)
+                groups.setdefault(leader[name], []).append(name)
+            seen.append((args[0], leader[name]))
+
+        return hook
+
+    with _hooks(layers, observe), torch.inference_mode():
+        for x in hidden:
+            seen.clear()
+            call(block, x[None])
+            if len(leader) == len(layers):
+                break
+    seen.clear()
+    by_kind: dict[tuple[str, ...], list[list[str]]] = {}
+    for members in groups.values():
+        by_kind.setdefault(tuple(name.rpartition(".")[2] for name in members), []).append(members)
+    return [*by_kind.values(), *([[name]] for name in layers if name not in leader)]
+
+
+def statistics(
+    block: nn.Module,
+    call: Call,
+    streams: Mapping[int, Float[Tensor, "samples length hidden"]],
+    weights: Mapping[int, Weights],
+    layers: Mapping[str, nn.Module],
+    leaders: Sequence[str],
+    cross: bool,
+) -> dict[str, Inputs]:
+    """Inputs of the `leaders`, each stream run with its own weights up to the last of them. A leader that no token reaches is absent.
+
+    streams, weights: by width, and, if `cross` is wanted, the original's under ORIGINAL.
+    """
+    caught: dict[str, Tensor] = {}
+    waiting: set[str] = set()
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            caught[name] = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            waiting.discard(name)
+            if not waiting:
+                raise _Stop
+
+        return hook
+
+    def inputs(width: int, sample: int) -> dict[str, Tensor]:
+        caught.clear()
+        waiting.update(leaders)
+        place(layers, weights[width])
+        with suppress(_Stop):
+            call(block, streams[width][sample][None])
+        return dict(caught)
+
+    h: dict[str, dict[int, Moments]] = {}
+    c: dict[str, dict[int, Moments]] = {}
+    widths = [width for width in streams if width != ORIGINAL]
+    with _hooks({name: layers[name] for name in leaders}, observe), torch.inference_mode():
+        for sample in range(len(streams[widths[0]])):
+            original = inputs(ORIGINAL, sample) if cross else {}
+            for width in widths:
+                for name, x in inputs(width, sample).items():
+                    empty = lambda x=x: Moments(x.new_zeros(x.shape[1], x.shape[1]))  # noqa: E731
+                    h.setdefault(name, {}).setdefault(width, empty()).add(x, x)
+                    if name in original and original[name].shape == x.shape:  # a router may send an expert other tokens
+                        c.setdefault(name, {}).setdefault(width, empty()).add(original[name] - x, x)
+    found = {name: {width: moments.mean for width, moments in of.items()} for name, of in h.items()}
+    crossed = {name: {width: moments.mean for width, moments in of.items()} for name, of in c.items()}
+    return {name: Inputs(_complete(of, widths), crossed.get(name, {})) for name, of in found.items()}
+
+
+def _complete(h: dict[int, Tensor], widths: Sequence[int]) -> dict[int, Tensor]:
+    """Where a router sent a layer no token in some stream, it takes the moments of another."""
+    return {width: h.get(width, next(iter(h.values()))) for width in widths}
+
+
+@contextmanager
+def _hooks(layers: Mapping[str, nn.Module], make: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(make(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def propagate(
+    block: nn.Module,
+    call: Call,
+    streams: Mapping[int, Float[Tensor, "samples length hidden"]],
+    weights: Mapping[int, Weights],
+    layers: Mapping[str, nn.Module],
+) -> dict[int, float]:
+    """Replace every stream's hidden states by the block's outputs, in place. Returns ||y_r - y||^2 / ||y||^2 of each width against
+    the original's stream, where there is one."""
+    power, error = 0.0, dict.fromkeys((width for width in streams if width != ORIGINAL), 0.0)
+    with torch.inference_mode():
+        for sample in range(len(next(iter(streams.values())))):
+            outputs: dict[int, Tensor] = {}
+            for width, hidden in streams.items():
+                place(layers, weights[width])
+                outputs[width] = call(block, hidden[sample][None])[0]
+                hidden[sample] = outputs[width]
+            if ORIGINAL in streams:
+                power += outputs[ORIGINAL].double().square().sum().item()
+                for width in error:
+                    error[width] += (outputs[width] - outputs[ORIGINAL]).double().square().sum().item()
+    return {width: value / power for width, value in error.items()} if power > 0 else {}

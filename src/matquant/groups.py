@@ -1,0 +1,129 @@
+"""Quantize one block: group after group of layers that share their input, in the order in which the block calls them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from matquant import activations, methods, models
+from matquant.activations import ORIGINAL, Inputs
+from matquant.objective import row_losses
+from matquant.plan import Shape
+from matquant.recipe import Recipe
+from matquant.refit import refit
+from matquant.report import LayerReport
+from matquant.weight import NestedWeight, Refit
+
+Results = dict[str, tuple[NestedWeight, LayerReport]]
+
+
+@dataclass
+class BlockState:
+    """One block, and for every stream the weights that its layers have in it so far: the original ones until they are quantized.
+
+    prefix: the block's name in the model. names: its layers to quantize, full names. streams: hidden states by width, and the
+    original's; empty if the recipe looks at no activations.
+    """
+
+    block: nn.Module
+    prefix: str
+    names: list[str]
+    call: activations.Call | None
+    streams: dict[int, Tensor]
+    recipe: Recipe
+    layers: dict[str, nn.Module] = field(init=False)
+    weights: dict[int, dict[str, Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layers = {name: self.block.get_submodule(name.removeprefix(self.prefix + ".")) for name in self.names}
+        held = {name: layer.weight.data for name, layer in self.layers.items()}
+        self.weights = {width: dict(held) for width in (ORIGINAL, *self.recipe.stream_widths)}
+
+    def put(self, name: str, weight: NestedWeight) -> None:
+        """Let every stream read `name` at its own width from now on."""
+        for width in self.recipe.stream_widths:
+            self.weights[width][name] = models.held_as(self.layers[name], weight.read(width).dense())
+
+    def quantize(self, tell: Callable[[LayerReport], None]) -> Results:
+        """All layers, in the order of `names`."""
+        results: Results = {}
+        for stage in self._stages():
+            inputs = self._inputs([members[0] for members in stage])
+            for members in stage:
+                weights = {name: self._original(name) for name in members}
+                known = inputs.get(members[0])
+                for name, (weight, report) in quantize_group(weights, known or self._unknown(weights), self.recipe).items():
+                    if known is None and self.call is not None:
+                        report = replace(report, notes=("no token reached it: its inputs count as equally strong", *report.notes))
+                    results[name] = weight, report
+                    self.put(name, weight)
+                    tell(report)
+        return {name: results[name] for name in self.names}
+
+    def advance(self) -> dict[int, float]:
+        """Send every stream through the block. Returns the relative error of its output by width."""
+        if self.call is None:
+            return {}
+        return activations.propagate(self.block, self.call, self.streams, self.weights, self.layers)
+
+    def _stages(self) -> list[list[list[str]]]:
+        if self.call is None:
+            return [[[name] for name in self.names]]
+        activations.place(self.layers, self.weights[ORIGINAL])
+        return activations.stages(self.block, self.call, self.streams[ORIGINAL], self.layers)
+
+    def _inputs(self, leaders: list[str]) -> dict[str, Inputs]:
+        if self.call is None:
+            return {}
+        cross = self.recipe.asymmetric_calibration > 0
+        streams = {width: hidden for width, hidden in self.streams.items() if cross or width != ORIGINAL}
+        return activations.statistics(self.block, self.call, streams, self.weights, self.layers, leaders, cross)
+
+    def _original(self, name: str) -> Tensor:
+        activations.place(self.layers, {name: self.weights[ORIGINAL][name]})
+        return models.get_weight(self.layers[name])
+
+    def _unknown(self, weights: Mapping[str, Tensor]) -> Inputs:
+        w = next(iter(weights.values()))
+        equal = torch.eye(w.shape[1], device=w.device)
+        return Inputs(dict.fromkeys(self.recipe.stream_widths, equal))
+
+
+def quantize_group(weights: Mapping[str, Float[Tensor, "_ in"]], inputs: Inputs, recipe: Recipe) -> Results:
+    """Quantize layers that share their input, stacked by rows: rows do not interact, and one pass over columns serves all.
+
+    weights: name -> float32 [out, in]. inputs: second moments of the shared input.
+    """
+    w = torch.cat(list(weights.values()))
+    chosen = methods.load(recipe.method)(w, inputs, recipe)
+    finite = all(h.isfinite().all() for h in inputs.h.values())
+    notes = chosen.notes if finite or chosen.notes else ("the Hessian is not finite: its inputs count as equally strong",)
+    usable = {stream: h if h.isfinite().all() else torch.eye(len(h), device=h.device) for stream, h in inputs.h.items()}
+    h = {bits: usable[recipe.stream_of(bits)] for bits in recipe.bits}
+    missing = tuple(bits for bits in recipe.layout.refit_widths if bits not in chosen.weight.refits)
+    nested = refit(chosen.weight, dict.fromkeys(missing, w), h, missing)
+    loss = {bits: row_losses(w, nested.read(bits).dense(), h[bits]) for bits in recipe.bits}
+    power = {stream: row_losses(w, torch.zeros_like(w), own) for stream, own in usable.items()}
+    results: Results = {}
+    start = 0
+    for name, weight in weights.items():
+        rows = slice(start, start + len(weight))
+        start += len(weight)
+        relative = {stage: _relative(table, power, rows, recipe) for stage, table in {**chosen.stages, "": loss}.items()}
+        errors = relative.pop("")
+        results[name] = _rows(nested, rows), LayerReport(name, Shape(*weight.shape), errors, notes, relative)
+    return results
+
+
+def _relative(loss: Mapping[int, Tensor], power: Mapping[int, Tensor], rows: slice, recipe: Recipe) -> dict[int, float | None]:
+    """Losses of some rows, as a share of what reading zero would lose; None for 0 / 0."""
+    whole = {bits: power[recipe.stream_of(bits)][rows].sum().item() for bits in loss}
+    return {bits: loss[bits][rows].sum().item() / whole[bits] if whole[bits] > 0 else None for bits in loss}
+
+
+def _rows(weight: NestedWeight, rows: slice) -> NestedWeight:
+    refits = {bits: Refit(fit.scale[rows], fit.zero[rows]) for bits, fit in weight.refits.items()}
+    zero = None if weight.zero is None else weight.zero[rows]
+    return replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero=zero, refits=refits)

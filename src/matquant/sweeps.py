@@ -1,0 +1,68 @@
+"""Coordinate descent over the codes: each in turn takes the value that is best for all widths at once, the others fixed.
+
+With E_r = read_r(q) - W_r and G_r = E_r H_r, moving the code of column j changes
+
+    L = sum_r weight_r E_r H_r E_r^T   by   sum_r weight_r H_r,jj [ (x_r - read_r(q'))^2 - (x_r - read_r(q))^2 ]
+    x_r = read_r(q) - G_r,j / H_r,jj                   where width r alone would like to be
+
+so the code chooser finds the exact minimum over all 2^c codes, and L never rises. GPTQ decides each column once, before it knows
+what later ones do; a sweep decides again with all others known. (For one width: https://arxiv.org/abs/2309.01885, QuantEase.)
+
+G is kept up to date lazily, a block of columns at a time, as in GPTQ.
+"""
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from matquant.codes import slice_codes
+from matquant.objective import Objective
+from matquant.weight import NestedWeight
+
+BLOCK = 64
+
+
+def sliced_table(widths: tuple[int, ...], weight: NestedWeight) -> Float[Tensor, "streams codes"]:
+    """The sliced code of every parent code at each width."""
+    q = torch.arange(weight.grid.max_code + 1, dtype=torch.uint8, device=weight.codes.device)
+    return torch.stack([slice_codes(q, r, weight.grid, weight.slicing) for r in widths]).float()
+
+
+def affine_reads(widths: tuple[int, ...], weight: NestedWeight) -> tuple[Float[Tensor, "streams groups out"], Float[Tensor, "streams groups out"]]:
+    """(scale, offset) of each width's read, groups first: a column's numbers lie together."""
+    pairs = [weight.affine(r) for r in widths]
+    return torch.stack([a.T for a, _ in pairs]).contiguous(), torch.stack([b.T for _, b in pairs]).contiguous()
+
+
+def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"]) -> UInt8[Tensor, "out in"]:
+    """Codes after one pass over all columns, in the order given."""
+    widths, chooser = objective.widths, objective.chooser
+    scale, offset = affine_reads(widths, weight)
+    table, prefixes = sliced_table(widths, weight), chooser.tables(weight.codes.device)
+    codes = weight.codes.T[order].contiguous()  # [in, out]
+    size = weight.codes.shape[1] // weight.scale.shape[1]
+    group_of = (order // size).tolist()
+    h = [hessian[order][:, order] for hessian in objective.h]
+    read = torch.stack([weight.read(r).dense().T[order] for r in widths])  # [streams, in, out]
+    gradient = torch.stack([hessian @ (now - goal.T[order]) for hessian, now, goal in zip(h, read, objective.goal, strict=True)])
+    power = torch.stack([torch.diagonal(hessian) for hessian in h]).clamp(min=1e-30)  # [streams, in]
+    counted = objective.weight[:, None] * scale.square()  # [streams, groups, out]
+    for start in range(0, len(codes), BLOCK):
+        end = min(start + BLOCK, len(codes))
+        corner = torch.stack([hessian[start:end, start:end] for hessian in h])
+        moved = torch.zeros_like(read[:, start:end])
+        for j in range(start, end):
+            done, g = j - start, group_of[j]
+            slope = gradient[:, j]
+            if done:
+                slope = slope + torch.bmm(corner[:, done : done + 1, :done], moved[:, :done])[:, 0]
+            wanted = read[:, j] - slope / power[:, j, None]
+            q = chooser.choose((wanted - offset[:, g]) / scale[:, g], counted[:, g] * power[:, j, None], prefixes)
+            now = torch.addcmul(offset[:, g], table[:, q.int()], scale[:, g])
+            moved[:, done] = now - read[:, j]
+            codes[j] = q
+        for r, hessian in enumerate(h):
+            gradient[r, end:] += hessian[end:, start:end] @ moved[r]
+    back = torch.empty_like(codes)
+    back[order] = codes
+    return back.T.contiguous()
