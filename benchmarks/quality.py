@@ -1,10 +1,11 @@
-"""Whole-model quality of nested checkpoints against their rivals, at every width, on one set of tokens.
+"""Whole-model quality of nested checkpoints against their rivals, at every width, on the same tokens.
 
-    python benchmarks/quality.py MODEL --out results.json --group-size 64 --calibration FILE|self --text FILE|self
-        [--num-samples 32] [--eval-samples 16] [--seq-len 512] [--only NAME ...]
+    python benchmarks/quality.py MODEL --out results.json --group-size 64 --calibration FILE|self --text FILE|self [--text FILE ...]
+        [--num-samples 32] [--eval-samples 16] [--seq-len 512] [--seeds 0 1 2] [--only NAME ...]
 
-Variants are the rows of VARIANTS. Dedicated ones make one run for each width. Codes do not depend on refits, so each nested
-run is measured twice, with its refits and without. A variant that is already in the output file is not run again.
+Variants are the rows of VARIANTS. Dedicated ones make one run for each width. Codes of methods without sweeps do not depend on
+refits, so these are measured without refits and with them. Every seed takes other calibration sequences; the texts measured on stay.
+A variant and seed that is already in the output file is not run again, so an interrupted benchmark goes on where it was.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,96 +29,140 @@ from matquant.evaluate import logits_of, measure, windows
 from matquant.recipe import Recipe
 
 WIDTHS = (8, 6, 4, 3, 2)
-NESTED = Recipe().targets
-PLAIN = {"refit_bits": 0, "clip_search": False}
-ROUND_TO_NEAREST = {"method": "minmax", **PLAIN}
-MATGPTQ = {"slicing": "round", "feedback": "mean", "act_order": False, "static_groups": False, "symmetric": True, **PLAIN}
-MATGPTQ_TARGETS = {8: 1.0, 4: 1.0, 3: 1.0, 2: 1.0}
+ALL_WIDTHS = (8, 7, 6, 5, 4, 3, 2)
+PLAIN = {"refit_bits": 0, "sweeps": 0, "asymmetric_calibration": 0.0, "method": "gptq"}
+NO_SEARCH = PLAIN | {"clip_search": False}
+MATGPTQ = NO_SEARCH | {
+    "slicing": "round", "feedback": "mean", "act_order": False, "static_groups": False, "symmetric": True, "normalize": False, "streams": (8,)
+}  # fmt: skip
+ONE_STREAM = {"streams": (8,)}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """settings: of the recipe. dedicated: one run a width, parent and only target of that width."""
+    """settings: of the recipe. dedicated: one run a width, parent and only target of that width. seeds: whether calibration matters."""
 
     words: str
     settings: dict[str, Any]
     dedicated: bool = False
+    seeds: bool = True
 
 
 VARIANTS = {
-    "rtn": Variant("round to nearest, one run a width", ROUND_TO_NEAREST, dedicated=True),
-    "gptq": Variant("classic GPTQ with clip search, one run a width", {}, dedicated=True),
-    "matgptq": Variant("MatGPTQ's rule", {**MATGPTQ, "targets": MATGPTQ_TARGETS}),
-    "floor": Variant("ours, floor", {}),
-    "round": Variant("ours, round", {"slicing": "round"}),
-    "floor-symmetric": Variant("ours, floor, symmetric", {"symmetric": True}),
-    "round-symmetric": Variant("ours, round, symmetric", {"slicing": "round", "symmetric": True}),
-    "gptq-symmetric": Variant("classic GPTQ, symmetric, one run a width", {"symmetric": True}, dedicated=True),
-}
+    "rtn": Variant("round to nearest, one run a width", NO_SEARCH | {"method": "minmax"}, dedicated=True, seeds=False),
+    "gptq": Variant("classic GPTQ (act-order, clip search), one run a width", PLAIN | {"refit_bits": 4}, dedicated=True),
+    "matgptq-348": Variant("MatGPTQ's rule, targets 8,4,3", MATGPTQ | {"targets": {8: 1.0, 4: 1.0, 3: 1.0}}),
+    "matgptq-2348": Variant("MatGPTQ's rule, targets 8,4,3,2", MATGPTQ | {"targets": {8: 1.0, 4: 1.0, 3: 1.0, 2: 1.0}}),
+    "nested": Variant("ours, without gradients", {"bits": ALL_WIDTHS}),
+    "block": Variant("ours, block refinement", {"bits": ALL_WIDTHS, "method": "block"}),
+    "dedicated": Variant("ours, one run a width", {}, dedicated=True),
+    "one-pass": Variant("ablation: GPTQ alone, one stream", PLAIN | ONE_STREAM),
+    "one-stream": Variant("ablation: one stream", ONE_STREAM | {"asymmetric_calibration": 0.0}),
+    "streams": Variant("ablation: a stream a width, GPTQ alone", PLAIN),
+    "streams-refit": Variant("ablation: a stream a width, GPTQ, refit", PLAIN | {"refit_bits": 4}),
+    "symmetric-target": Variant("ablation: all but the asymmetric target", {"asymmetric_calibration": 0.0}),
+    "full-target": Variant("ablation: asymmetric target 1 instead of the default", {"asymmetric_calibration": 1.0}),
+    "two-streams": Variant("ablation: streams 8 and 2", {"streams": (8, 2)}),
+    "sweeps-6": Variant("ablation: 6 sweeps", {"sweeps": 6}),
+    "no-clip-search": Variant("ablation: no clip search", {"clip_search": False}),
+    "integer-zero": Variant("symmetric grid", {"symmetric": True}),
+    "round": Variant("slicing round", {"slicing": "round"}),
+    **{f"lam8-{lam:g}": Variant(f"lam of 8 bits {lam:g}", {"targets": {**Recipe().targets, 8: lam}}) for lam in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
+    "favor-2": Variant("2 bits favoured", {"favor": (2,)}),
+    "favor-4": Variant("4 bits favoured", {"favor": (4,)}),
+    "favor-8": Variant("8 bits favoured", {"favor": (8,)}),
+}  # fmt: skip
 
 
 def recipes(variant: Variant, common: dict[str, Any]) -> list[Recipe]:
     """One recipe, or one a width."""
-    settings = {"symmetric": False, "bits": WIDTHS, "targets": NESTED, **common, **variant.settings}
+    settings = {"bits": WIDTHS, **common, **variant.settings}
     if not variant.dedicated:
         return [Recipe(**settings)]
     return [Recipe(**{**settings, "parent_bits": r, "bits": (r,), "targets": {r: 1.0}}) for r in WIDTHS]
 
 
-def tokens_of(spec: str, tokenizer: Any, dense: Any, count: int, seq_len: int, seed: int) -> torch.Tensor:
-    """`count` sequences: cut from a text file, or sampled from the model."""
+def evaluation(spec: str, tokenizer: Any, dense: Any, count: int, seq_len: int) -> torch.Tensor:
+    """`count` sequences to measure on: the first of a text file, or sampled from the model."""
     if spec == "self":
-        start = calibration.start_token(tokenizer)
-        return calibration.sample_windows(dense, start, count, seq_len, seed, lambda done, of: None)
+        return sample(tokenizer, dense, count, seq_len, seed=1000)
     stream = calibration.token_stream(tokenizer, calibration.read_texts(spec))
     return windows(stream, seq_len, calibration.leading_token(tokenizer), count)
 
 
-def run_one(
-    recipe: Recipe, source_args: tuple[str, str | None], dense: Any, train: torch.Tensor, held: torch.Tensor, truth: dict[bytes, torch.Tensor]
-) -> list[dict[str, Any]]:
-    """Rows {bits, refit, bits_per_weight, perplexity, kl, top1} of one recipe. truth: the original's logits, kept between recipes."""
-    source = models.open_source(*source_args)
-    layers = models.find_layers(source.model, recipe)
-    originals = {name: dense.get_submodule(name) for name in layers.quantized}
-    with tempfile.TemporaryDirectory() as folder:
-        run = BlockRun(source, layers, recipe, Path(folder), torch.device("cpu"), torch.float32, Silent())
-        started = time.perf_counter()
-        run.quantize(train)
-        seconds = time.perf_counter() - started
-        weights = {name: run.weight(name) for name in layers.quantized}
-    weight_count = sum(shape.weights for shape in layers.quantized.values())
-    state = {"modules": originals}
+def calibrating(spec: str, tokenizer: Any, dense: Any, count: int, seq_len: int, seed: int) -> torch.Tensor:
+    """`count` sequences to calibrate on: drawn from a text file, or sampled from the model."""
+    if spec == "self":
+        return sample(tokenizer, dense, count, seq_len, seed)
+    stream = calibration.token_stream(tokenizer, calibration.read_texts(spec))
+    return calibration.choose_windows(stream, seq_len, count, 0, seed, spec, calibration.leading_token(tokenizer))[0]
 
-    def reference(ids: torch.Tensor) -> torch.Tensor:
-        key = ids.numpy().tobytes()
-        if key not in truth:  # 4 bytes a token and vocabulary entry: 0.2 GB a thousand tokens
-            swap(dense, originals)
-            truth[key] = logits_of(dense)(ids)
-        return truth[key]
 
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        swap(dense, state["modules"])
-        return logits_of(dense)(ids)
+def sample(tokenizer: Any, dense: Any, count: int, seq_len: int, seed: int) -> torch.Tensor:
+    return calibration.sample_windows(dense, calibration.start_token(tokenizer), count, seq_len, seed, lambda done, of: None)
 
-    settings, labels = [], []
-    for refits in (False, True) if recipe.layout.refit_widths else (False,):
-        for bits in recipe.bits:
-            if refits and bits not in recipe.layout.refit_widths:
-                continue
-            layout = recipe.layout if refits else replace(recipe.layout, refit_widths=())
-            labels.append(
-                {"bits": bits, "refit": refits, "bits_per_weight": sum(layout.read_bits(s, bits) for s in layers.quantized.values()) / weight_count}
-            )
-            settings.append((str(len(labels)), choose(state, originals, weights, bits, refits)))
-    found = measure(forward, reference, held, settings, None)[1:]
-    swap(dense, originals)
-    del source
-    gc.collect()
-    return [
-        {**label, "perplexity": q.perplexity, "kl": q.kl, "top1": q.top1, "quantize_seconds": round(seconds, 1)}
-        for label, q in zip(labels, found, strict=True)
-    ]
+
+class Bench:
+    """The original, the texts, and its logits on them, which are kept: 4 bytes a token and vocabulary entry."""
+
+    def __init__(self, dense: Any, source: tuple[str, str | None], texts: dict[str, torch.Tensor]) -> None:
+        self.dense, self.source, self.texts = dense, source, texts
+        self.truth: dict[bytes, torch.Tensor] = {}
+
+    def run(self, recipe: Recipe, train: torch.Tensor) -> list[dict[str, Any]]:
+        """Rows {text, bits, refit, bits_per_weight, perplexity, kl, top1, quantize_seconds} of one recipe."""
+        source = models.open_source(*self.source)
+        layers = models.find_layers(source.model, recipe)
+        with tempfile.TemporaryDirectory() as folder:
+            run = BlockRun(source, layers, recipe, Path(folder), torch.device("cpu"), torch.float32, Silent())
+            started = time.perf_counter()
+            run.quantize(train)
+            seconds = round(time.perf_counter() - started, 1)
+            weights = {name: run.weight(name) for name in layers.quantized}
+        del source
+        gc.collect()
+        count = sum(shape.weights for shape in layers.quantized.values())
+        originals = {name: self.dense.get_submodule(name) for name in layers.quantized}
+        both = recipe.sweeps == 0 and bool(recipe.layout.refit_widths)  # codes do not depend on the refits
+        rows = []
+        for text, held in self.texts.items():
+            state = {"modules": originals}
+            settings, labels = [], []
+            for refits in (False, True) if both else (bool(recipe.layout.refit_widths),):
+                for bits in recipe.bits:
+                    if refits and both and bits not in recipe.layout.refit_widths:
+                        continue
+                    layout = recipe.layout if refits else replace(recipe.layout, refit_widths=())
+                    size = sum(layout.read_bits(s, bits) for s in layers.quantized.values()) / count
+                    own = refits and bits in recipe.layout.refit_widths
+                    labels.append({"text": text, "bits": bits, "refit": own, "bits_per_weight": size, "quantize_seconds": seconds})
+                    settings.append((str(len(labels)), choose(state, originals, weights, bits, refits)))
+            found = measure(self._forward(state), self._reference(originals), held, settings, None)[1:]
+            rows += [{**label, "perplexity": q.perplexity, "kl": q.kl, "top1": q.top1} for label, q in zip(labels, found, strict=True)]
+        swap(self.dense, originals)
+        return rows
+
+    def _forward(self, state: dict[str, Any]) -> Any:
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            swap(self.dense, state["modules"])
+            return logits_of(self.dense)(ids)
+
+        return forward
+
+    def _reference(self, originals: dict[str, Any]) -> Any:
+        def reference(ids: torch.Tensor) -> torch.Tensor:
+            key = ids.numpy().tobytes()
+            if key not in self.truth:
+                swap(self.dense, originals)
+                self.truth[key] = logits_of(self.dense)(ids)
+            return self.truth[key]
+
+        return reference
+
+    def original_perplexity(self) -> dict[str, float]:
+        """Of each text."""
+        forward = logits_of(self.dense)
+        return {text: measure(forward, forward, held, [], None)[0].perplexity for text, held in self.texts.items()}
 
 
 def swap(model: Any, modules: dict[str, Any]) -> None:
@@ -150,7 +195,7 @@ def machine() -> dict[str, Any]:
     return {"commit": commit.stdout.strip(), "machine": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True)
@@ -158,39 +203,49 @@ def main() -> None:
     parser.add_argument("--gguf-file")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--calibration", default="self")
-    parser.add_argument("--text", default="self")
+    parser.add_argument("--text", action="append", help="may be given again")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--eval-samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    options = parser.parse_args()
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--only", nargs="*", default=["rtn", "gptq", "matgptq-348", "matgptq-2348", "nested"], choices=list(VARIANTS))
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = arguments()
     source = models.open_source(options.model, options.gguf_file)
     tokenizer = source.tokenizer()
     dense = models.load_dense(options.model, source.folder, options.gguf_file, dtype=torch.float32)
-    cut = options.num_samples if options.calibration == options.text == "self" else 0
-    if cut:
-        both = tokens_of("self", tokenizer, dense, cut + options.eval_samples, options.seq_len, options.seed)
-        train, held = both[:cut], both[cut:]
-    else:
-        train = tokens_of(options.calibration, tokenizer, dense, options.num_samples, options.seq_len, options.seed)
-        held = tokens_of(options.text, tokenizer, dense, options.eval_samples, options.seq_len, options.seed + 1)
-    truth: dict[bytes, torch.Tensor] = {}
-    result = json.loads(options.out.read_text()) if options.out.exists() else {"variants": {}}
-    shown = {"calibration": Path(options.calibration).name, "text": Path(options.text).name}
-    setting = {"group_size": options.group_size, "train": list(train.shape), "held_out": list(held.shape), **shown}
-    result |= {"name": options.name, "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv), "setting": setting, "machine": machine()}
-    for name in options.only:
-        if name in result["variants"]:
-            continue
-        variant, rows = VARIANTS[name], []
-        for recipe in recipes(variant, {"group_size": options.group_size}):
-            rows += run_one(recipe, (options.model, options.gguf_file), dense, train, held, truth)
-            print(name, recipe.bits, round(time.perf_counter()), flush=True)
-        result["variants"][name] = {"words": variant.words, "settings": asdict(variant)["settings"], "rows": rows}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    specs = options.text or ["self"]
+    texts = {Path(spec).name: evaluation(spec, tokenizer, dense, options.eval_samples, options.seq_len) for spec in specs}
+    bench = Bench(dense, (options.model, options.gguf_file), texts)
+    result = json.loads(options.out.read_text()) if options.out.exists() else {"runs": {}}
+    setting = {
+        "group_size": options.group_size,
+        "train": [options.num_samples, options.seq_len],
+        "calibration": Path(options.calibration).name,
+        "held_out": [options.eval_samples, options.seq_len],
+    }
+    if result.get("setting", setting) != setting:
+        sys.exit(f"{options.out} was made with other settings: {result['setting']}; choose another --out")
+    result |= {"name": options.name, "setting": setting}
+    if "original" not in result:
+        result["original"] = bench.original_perplexity()
+    for seed in options.seeds:
+        train = calibrating(options.calibration, tokenizer, dense, options.num_samples, options.seq_len, seed)
+        for name in options.only:
+            variant, key = VARIANTS[name], f"{name}/{seed}"
+            if key in result["runs"] or (not variant.seeds and f"{name}/{options.seeds[0]}" in result["runs"]):
+                continue
+            rows = []
+            for recipe in recipes(variant, {"group_size": options.group_size}):
+                rows += bench.run(recipe, train)
+                print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-7:]], flush=True)
+            command = " ".join(Path(a).name if "/" in a else a for a in sys.argv)
+            result["runs"][key] = {"words": variant.words, "command": command, "machine": machine(), "settings": variant.settings, "rows": rows}
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

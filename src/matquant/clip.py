@@ -65,10 +65,8 @@ def joint_cost(
     for bits, power in h.items():
         step, shift = read_rule(bits, grid, recipe.slicing)
         p = slice_codes(q, bits, grid, recipe.slicing).float()
-        if bits <= recipe.refit_bits:
-            error = _after_best_affine(p, t, power)
-        else:
-            error = ((p * step + (shift - t)).square_() * power).sum(-1)
+        own = bits <= recipe.refit_bits
+        error = _after_best_affine(p, t, power) if own else ((p * step + (shift - t)).square_() * power).sum(-1)
         cost += lam[bits][:, None] * error
     return cost * scale**2
 

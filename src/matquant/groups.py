@@ -103,7 +103,7 @@ def quantize_group(weights: Mapping[str, Float[Tensor, "_ in"]], inputs: Inputs,
     usable = {stream: h if h.isfinite().all() else torch.eye(len(h), device=h.device) for stream, h in inputs.h.items()}
     h = {bits: usable[recipe.stream_of(bits)] for bits in recipe.bits}
     missing = tuple(bits for bits in recipe.layout.refit_widths if bits not in chosen.weight.refits)
-    nested = refit(chosen.weight, dict.fromkeys(missing, w), h, missing)
+    nested, _ = refit(chosen.weight, dict.fromkeys(missing, w), h, missing)
     loss = {bits: row_losses(w, nested.read(bits).dense(), h[bits]) for bits in recipe.bits}
     power = {stream: row_losses(w, torch.zeros_like(w), own) for stream, own in usable.items()}
     results: Results = {}

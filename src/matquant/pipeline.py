@@ -5,8 +5,7 @@ finished block, then the checkpoint itself, which is measured, given its report 
 blocks from their files and only sends the activations through them again; these activations are the same to the bit on the same
 number of threads, so the blocks that follow are too.
 
-Calibration activations pass through blocks that are quantized already, read at the widest target: the classic method sees its
-own drift, the nested one that of its best width.
+Calibration activations pass through blocks that are quantized already, one stream for each width that has its own.
 """
 
 import json
@@ -57,6 +56,7 @@ class RunOptions:
     """How and where to run, which the result does not depend on but for rounding (device, dtype).
 
     dtype: of weights and activations while calibrating. eval_text: what to report on, instead of held-out calibration text.
+    streams_on_disk: keep activations in files of the working folder.
     """
 
     device: str = "cpu"
@@ -67,6 +67,7 @@ class RunOptions:
     resume: bool = False
     overwrite: bool = False
     eval_text: Path | None = None
+    streams_on_disk: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -225,7 +226,8 @@ class _Run:
 
     @property
     def blocks(self) -> BlockRun:
-        return BlockRun(self.source, self.layers, self.recipe, self.work / "blocks", self.device, self.dtype, self.follow)
+        where = self.work / "blocks"
+        return BlockRun(self.source, self.layers, self.recipe, where, self.device, self.dtype, self.follow, self.options.streams_on_disk)
 
     def check_length(self) -> None:
         """Raise InputError if the model has fewer positions than a sequence."""

@@ -38,7 +38,9 @@ class Recipe:
     method: str = _help("how codes are chosen: gptq, or minmax (round to nearest, no calibration)", default="gptq")
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
     targets: Mapping[int, float] = _help("widths that are optimised and the weight of each, for instance 8:100,4:4,3:2,2:1", default_factory=_targets)
-    normalize: bool = _help("count a target's loss relative to what a run dedicated to it would lose; off = raw lambdas, as in the papers", default=True)
+    normalize: bool = _help(
+        "count a target's loss relative to what a run dedicated to it would lose; off = raw lambdas, as in the papers", default=True
+    )
     favor: tuple[int, ...] = _help("targets that matter most to you, for instance 4,3: their weights are tripled", default=())
     parent_bits: int = _help("stored width of a code", default=8)
     group_size: int = _help("input channels that share a scale; -1 = the whole row", default=64)
@@ -77,7 +79,9 @@ class Recipe:
         if not 0 <= self.asymmetric_calibration <= 1:
             raise RecipeError(f"asymmetric_calibration is {self.asymmetric_calibration}; it must be a share from 0 to 1, for instance 0.5")
         if self.feedback == "mean" and len(self.stream_widths) > 1:
-            raise RecipeError(f"feedback mean keeps one running weight, which needs one stream, not {list(self.stream_widths)}; name one, for instance --streams 8")
+            raise RecipeError(
+                f"feedback mean keeps one running weight, which needs one stream, not {list(self.stream_widths)}; name one, for instance --streams 8"
+            )
         if self.act_order and not self.static_groups:
             raise RecipeError("act_order needs static_groups: groups reached in another order would have no fixed members; switch one of them")
         if self.clip_search and not self.static_groups:

@@ -3,9 +3,9 @@
 A row reads as w_r = sum_g a_g p_g + b_g 1_g, with p_g the sliced codes of group g. All groups of a row are fitted at once,
 because H couples them:
 
-    min over (a, b)   (w - B theta)^T H (w - B theta) + rho (theta - theta0)^T diag(B^T H B) (theta - theta0)
+    min over theta = (a, b)   (w - B theta)^T H (w - B theta) + rho (theta - theta0)^T diag(B^T H B) (theta - theta0)
 
-theta = (a, b), B = the columns p_g and 1_g, theta0 = what the width reads with now. The ridge rho keeps groups whose codes
+B = the columns p_g and 1_g, theta0 = what the width reads with now. The ridge rho keeps groups whose codes
 say little (all equal, or dead inputs) at these values. Codes are centred before the fit, so that a and b are nearly
 orthogonal. The fit is then rounded to the two bytes that a checkpoint stores (codes.py); a row that gets no better by that, or
 whose scale would not be positive, keeps the read that it has. So a refit never raises a loss.
@@ -27,48 +27,58 @@ ROWS = 256  # rows solved at once: bounds the memory of the [rows, 2 groups, 2 g
 
 def refit(
     weight: NestedWeight, goal: Mapping[int, Float[Tensor, "out in"]], h: Mapping[int, Float[Tensor, "in in"]], widths: Sequence[int]
-) -> NestedWeight:
-    """`weight` with a Refit for every width of `widths`, fitted to goal_r under h_r (inputs' second moments)."""
-    refits = {bits: _refit_width(weight, bits, goal[bits], h[bits]) for bits in widths}
-    return replace(weight, refits={**weight.refits, **refits})
+) -> tuple[NestedWeight, dict[int, Float[Tensor, " out"]]]:
+    """(`weight` with a Refit for every width of `widths`, fitted to goal_r under h_r, the inputs' second moments; losses of its rows)."""
+    refits: dict[int, Refit] = {}
+    losses: dict[int, Tensor] = {}
+    for bits in widths:
+        rows = [_refit_rows(weight, bits, goal[bits], h[bits], slice(row, row + ROWS)) for row in range(0, len(weight.codes), ROWS)]
+        refits[bits] = Refit(torch.cat([fit.scale for fit, _ in rows]), torch.cat([fit.zero for fit, _ in rows]))
+        losses[bits] = torch.cat([loss for _, loss in rows])
+    return replace(weight, refits={**weight.refits, **refits}), losses
 
 
-def _refit_width(weight: NestedWeight, bits: int, goal: Tensor, h: Tensor) -> Refit:
-    right = goal @ h  # [out, in]; H is symmetric
-    parts = [_refit_rows(weight, bits, goal, right, h, slice(row, row + ROWS)) for row in range(0, len(goal), ROWS)]
-    return Refit(torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
+def _refit_rows(weight: NestedWeight, bits: int, goal: Tensor, h: Tensor, rows: slice) -> tuple[Refit, Tensor]:
+    """The fit of some rows, and their losses with it.
 
-
-def _refit_rows(weight: NestedWeight, bits: int, goal: Tensor, target: Tensor, h: Tensor, rows: slice) -> Refit:
+    E = w - B theta0 is the error of the read as it is. The fit is that of E to the same columns, so that one product E H gives the
+    right side of the equations and the loss to beat.
+    """
     scale, offset = (part[rows] for part in weight.affine(bits))
-    groups = scale.shape[1]
+    out, groups = scale.shape
+    p = slice_codes(weight.codes[rows], bits, weight.grid, weight.slicing).float()
+    error = goal[rows] - _dense(p, scale, offset)
+    pull = error @ h
+    before = (pull * error).sum(1).double()
     middle = (2**bits - 1) / 2
-    p = slice_codes(weight.codes[rows], bits, weight.grid, weight.slicing).float() - middle
-    start = torch.cat([scale, offset + middle * scale], 1)
-    normal, right = _normal_equations(p, h, target[rows], groups)
+    centred = p - middle
+    normal, right = _normal_equations(centred, h, pull, groups)
     ridge = RIDGE * torch.diagonal(normal, dim1=1, dim2=2)
-    damped = normal + torch.diag_embed(ridge + 1e-30)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    theta = torch.cholesky_solve((right + ridge * start)[..., None], factor)[..., 0]
-    good = (failed == 0) & theta.isfinite().all(1) & (theta[:, :groups] > 0).all(1)
-    a, b = torch.where(good[:, None], theta, start.double()).float().split(groups, 1)
-    grid, slicing = weight.grid, weight.slicing
-    parent = weight.scale[rows]
-    k, u = snap_refit(a, b - middle * a, parent, bits, grid, slicing)
-    snapped, shift = refit_affine(parent, k, u, bits, grid, slicing)
-    now_k, now_u = _now(weight, bits, rows)
-    losses = _loss(p, snapped, shift + middle * snapped, goal[rows], h), _loss(p, scale, offset + middle * scale, goal[rows], h)
-    keep = (good & (losses[0] < losses[1]))[:, None]
-    return Refit(torch.where(keep, k, now_k), torch.where(keep, u, now_u))
+    factor, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge + 1e-30))
+    change = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    change = torch.where(((failed == 0) & change.isfinite().all(1))[:, None], change, 0.0).float()
+    a, b = scale + change[:, :groups], offset + middle * scale + change[:, groups:]
+    k, u = snap_refit(a.clamp(min=1e-30), b - middle * a, weight.scale[rows], bits, weight.grid, weight.slicing)
+    error = goal[rows] - _dense(p, *refit_affine(weight.scale[rows], k, u, bits, weight.grid, weight.slicing))
+    after = ((error @ h) * error).sum(1).double()
+    keep = (a > 0).all(1) & (after < before)
+    now = _now(weight, bits, rows)
+    fit = Refit(torch.where(keep[:, None], k, now.scale), torch.where(keep[:, None], u, now.zero))
+    return fit, torch.where(keep, after, before)
 
 
-def _now(weight: NestedWeight, bits: int, rows: slice) -> tuple[Tensor, Tensor]:
+def _dense(p: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    out, groups = scale.shape
+    return torch.addcmul(offset[..., None], p.reshape(out, groups, -1), scale[..., None]).reshape(out, -1)
+
+
+def _now(weight: NestedWeight, bits: int, rows: slice) -> Refit:
     """The two bytes that give the read as it is."""
     if bits in weight.refits:
-        return weight.refits[bits].scale[rows], weight.refits[bits].zero[rows]
+        return Refit(weight.refits[bits].scale[rows], weight.refits[bits].zero[rows])
     unit = 2 ** (8 - weight.grid.bits)
     zero = torch.full_like(weight.scale[rows], weight.grid.center) if weight.zero is None else weight.zero[rows]
-    return torch.full_like(zero, 128, dtype=torch.uint8), (zero.float() * unit).to(torch.uint8)
+    return Refit(torch.full_like(zero, 128, dtype=torch.uint8), (zero.float() * unit).to(torch.uint8))
 
 
 def _normal_equations(p: Tensor, h: Tensor, target: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -87,9 +97,3 @@ def _normal_equations(p: Tensor, h: Tensor, target: Tensor, groups: int) -> tupl
     split = target.reshape(out, groups, size)
     right = torch.cat([(split * p.reshape(out, groups, size)).sum(-1), split.sum(-1)], 1).double()
     return (normal + normal.transpose(1, 2)) / 2, right
-
-
-def _loss(p: Tensor, scale: Tensor, offset: Tensor, w: Tensor, h: Tensor) -> Tensor:
-    out, groups = scale.shape
-    error = w - (p.reshape(out, groups, -1) * scale[..., None] + offset[..., None]).reshape(out, -1)
-    return ((error @ h) * error).sum(1)

@@ -34,8 +34,8 @@ def affine_reads(widths: tuple[int, ...], weight: NestedWeight) -> tuple[Float[T
     return torch.stack([a.T for a, _ in pairs]).contiguous(), torch.stack([b.T for _, b in pairs]).contiguous()
 
 
-def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"]) -> UInt8[Tensor, "out in"]:
-    """Codes after one pass over all columns, in the order given."""
+def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"]) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, "streams out"]]:
+    """(codes after one pass over all columns in the order given, losses of every row with them)."""
     widths, chooser = objective.widths, objective.chooser
     scale, offset = affine_reads(widths, weight)
     table, prefixes = sliced_table(widths, weight), chooser.tables(weight.codes.device)
@@ -44,7 +44,8 @@ def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"])
     group_of = (order // size).tolist()
     h = [hessian[order][:, order] for hessian in objective.h]
     read = torch.stack([weight.read(r).dense().T[order] for r in widths])  # [streams, in, out]
-    gradient = torch.stack([hessian @ (now - goal.T[order]) for hessian, now, goal in zip(h, read, objective.goal, strict=True)])
+    error = torch.stack([now - goal.T[order] for now, goal in zip(read, objective.goal, strict=True)])
+    gradient = torch.stack([hessian @ e for hessian, e in zip(h, error, strict=True)])
     power = torch.stack([torch.diagonal(hessian) for hessian in h]).clamp(min=1e-30)  # [streams, in]
     counted = objective.weight[:, None] * scale.square()  # [streams, groups, out]
     for start in range(0, len(codes), BLOCK):
@@ -61,8 +62,9 @@ def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"])
             now = torch.addcmul(offset[:, g], table[:, q.int()], scale[:, g])
             moved[:, done] = now - read[:, j]
             codes[j] = q
-        for r, hessian in enumerate(h):
-            gradient[r, end:] += hessian[end:, start:end] @ moved[r]
+        error[:, start:end] += moved
+        for r, hessian in enumerate(h):  # columns passed are brought up to date too: the loss wants them
+            gradient[r].addmm_(hessian[:, start:end], moved[r])
     back = torch.empty_like(codes)
     back[order] = codes
-    return back.T.contiguous()
+    return back.T.contiguous(), (error * gradient).sum(1, dtype=torch.float64)

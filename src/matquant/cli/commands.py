@@ -34,6 +34,7 @@ def quantize(
     trust_remote_code: bool = REMOTE,
     dry_run: bool = typer.Option(False, "--dry-run", help="print layers, bytes, time and memory; write nothing"),
     resume: bool = typer.Option(False, "--resume", help="continue an interrupted run of the same recipe"),
+    streams_on_disk: bool = typer.Option(False, "--streams-on-disk", help="keep calibration activations in a file beside the output; saves memory"),
     overwrite: bool = typer.Option(False, "--overwrite", help="replace the output folder; start an interrupted run over, unless --resume"),
     eval_text: Path | None = typer.Option(None, metavar="FILE", help="text for the report instead of held-out calibration text", show_default=False),
     as_json: bool = JSON,
@@ -43,7 +44,7 @@ def quantize(
     from matquant.cli import run, show
 
     run.prepare(device, dtype)
-    options = pipeline.RunOptions(device, dtype, gguf_file, revision, trust_remote_code, resume, overwrite, eval_text)
+    options = pipeline.RunOptions(device, dtype, gguf_file, revision, trust_remote_code, resume, overwrite, eval_text, streams_on_disk)
     if dry_run:
         return show.estimate(pipeline.estimate(model, recipe, options), as_json)
     with show.Progress() as progress:

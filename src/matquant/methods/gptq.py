@@ -64,29 +64,26 @@ def improve(
 ) -> tuple[NestedWeight, Mapping[str, Mapping[int, Float[Tensor, " out"]]]]:
     """(weight after `recipe.sweeps` rounds of refit and sweep and a last refit, row losses of every target after each stage)."""
     order = next(iter(factors.values())).order
-    goals = {r: goal for r, goal in zip(objective.widths, objective.goal, strict=True)}
-    hessians = {r: h for r, h in zip(objective.widths, objective.h, strict=True)}
+    goals, hessians = dict(zip(objective.widths, objective.goal, strict=True)), dict(zip(objective.widths, objective.h, strict=True))
     losses = objective.losses(weight)
     stages = {"gptq": losses}
+    fitted = tuple(r for r in recipe.layout.refit_widths if r in goals)
     for round_ in range(recipe.sweeps + 1):
-        fitted = tuple(r for r in recipe.layout.refit_widths if r in goals)
-        if fitted:
-            weight = refit(weight, goals, hessians, fitted)
-            losses = objective.losses(weight)
-            stages["refit" if round_ == 0 else "sweeps"] = losses
+        weight, new = refit(weight, goals, hessians, fitted)
+        losses = torch.stack([new.get(r, row) for r, row in zip(objective.widths, losses, strict=True)])
+        stages["refit" if round_ == 0 else "sweeps"] = losses
         if round_ < recipe.sweeps:
-            codes = sweep(weight, objective, order)
-            moved = objective.losses(replace(weight, codes=codes))
+            codes, moved = sweep(weight, objective, order)
             better = objective.value(moved) < objective.value(losses)  # but for rounding it always is
             weight = replace(weight, codes=torch.where(better[:, None], codes, weight.codes))
             losses = torch.where(better, moved, losses)
             stages["sweeps"] = losses
-    interpolated = tuple(r for r in recipe.layout.refit_widths if r not in goals)
-    if interpolated:
-        nearest = {r: min(recipe.targets, key=lambda target: (abs(target - r), target)) for r in interpolated}
-        own = {r: factors[recipe.stream_of(r)].damped for r in interpolated}
-        weight = refit(weight, {r: goals[nearest[r]] for r in interpolated}, own, interpolated)
-    return weight, {name: {r: rows for r, rows in zip(objective.widths, table, strict=True) if r in recipe.targets} for name, table in stages.items()}
+    others = tuple(r for r in recipe.layout.refit_widths if r not in goals)
+    nearest = {r: min(recipe.targets, key=lambda target: (abs(target - r), target)) for r in others}
+    own = {r: factors[recipe.stream_of(r)].damped for r in others}
+    weight, _ = refit(weight, {r: goals[nearest[r]] for r in others}, own, others)
+    kept = [(r, row) for row, r in enumerate(objective.widths) if r in recipe.targets]
+    return weight, {name: {r: table[row] for r, row in kept} for name, table in stages.items()}
 
 
 def choose_codes(
@@ -102,7 +99,12 @@ def choose_codes(
     size = columns // scale.shape[1]
     codes = torch.empty(columns, out, dtype=torch.uint8, device=scale.device)
     state = NestedWeight(
-        codes.T, scale.to(dtype).clone(), None if zero is None else zero.to(torch.uint8).clone(), recipe.grid, recipe.slicing, planes=recipe.parent_bits
+        codes.T,
+        scale.to(dtype).clone(),
+        None if zero is None else zero.to(torch.uint8).clone(),
+        recipe.grid,
+        recipe.slicing,
+        planes=recipe.parent_bits,
     )
     upper = [factor.upper for factor in factors]
     running = torch.stack([goal.T[order] for goal in objective.goal])  # [streams, in, out], in the order visited
