@@ -31,7 +31,7 @@ from matquant.errors import InputError, MatquantError, RecipeError, ResourceErro
 from matquant.estimate import Estimate, estimate_cost
 from matquant.evaluate import Protocol as Measured
 from matquant.evaluate import check_fits, evaluate, windows
-from matquant.plot import quality_svg
+from matquant.plot import errors_svg, quality_svg
 from matquant.recipe import Recipe
 from matquant.report import Report
 
@@ -265,10 +265,11 @@ class _Run:
 
     def _report_files(self, report: Report) -> dict[str, bytes]:
         plot = quality_svg(report.rows)
-        files = {"quality.svg": plot} if plot else {}
+        errors = errors_svg(report.layers, report.outputs)
+        files = {name: image for name, image in (("quality.svg", plot), ("errors.svg", errors)) if image}
         if report.rows and not plot:
             self.follow.line("no plot: it needs matplotlib (pip install 'matquant[plot]')")
-        card = model_card(report, base_license(self.source.folder), next(iter(files), None))
+        card = model_card(report, base_license(self.source.folder), *files)
         return files | {"report.json": report.to_json(), "README.md": card.encode()}
 
     # --- tokens -----------------------------------------------------------------------------------------------------
@@ -364,7 +365,7 @@ class _Run:
                 evaluate(checkpoint, self.recipe.bits, held, self._dense(), dtype=self.dtype, device_map=self.options.device, progress=follow)
             )
         hub_id = None if Path(self.source.name).exists() else self.source.name
-        return Report(self.source.name, hub_id, self.recipe, rows, protocol, self.blocks.reports(), self.layers.skipped)
+        return Report(self.source.name, hub_id, self.recipe, rows, protocol, self.blocks.reports(), self.layers.skipped, self.blocks.outputs())
 
 
 # --- what a run would cost ------------------------------------------------------------------------------------------

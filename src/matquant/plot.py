@@ -1,10 +1,11 @@
-"""Quality against size as SVG. Needs matplotlib (pip install 'matquant[plot]'); nothing else does."""
+"""Quality against size, and errors along the depth of the model, as SVG. Needs matplotlib (pip install 'matquant[plot]'); nothing else does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from matquant.evaluate import Row
+from matquant.report import LayerReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +33,12 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def _svg(figure: "Figure", title: str) -> bytes:
+    content = BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None, "Creator": "matquant", "Title": title})
+    return content.getvalue()
+
+
 def quality_svg(rows: Sequence[Row]) -> bytes | None:
     """KL to the original and perplexity against bits per weight; None without matplotlib, or with nothing to draw.
 
@@ -42,11 +49,48 @@ def quality_svg(rows: Sequence[Row]) -> bytes | None:
         return None
     import matplotlib as mpl
 
-    content = BytesIO()
     with mpl.rc_context(STYLE):
         figure = _figure(reads, next((row.perplexity for row in rows if _is_original(row)), None))
-        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": "matquant", "Title": "Quality at every width"})
-    return content.getvalue()
+        return _svg(figure, "Quality at every width")
+
+
+WIDTH_COLORS = {8: "#440154", 7: "#46327e", 6: "#365c8d", 5: "#277f8e", 4: "#1fa187", 3: "#4ac16d", 2: "#d8a61c"}
+
+
+def errors_svg(layers: Sequence[LayerReport], outputs: Sequence[Mapping[int, float]]) -> bytes | None:
+    """Relative output error of every layer (dotted: after the method's first stage; solid: at the end) and of every block's
+    output, by width, in the order of the model; None without matplotlib, or with nothing to draw."""
+    measured = [layer for layer in layers if any(error is not None and error > 0 for error in layer.errors.values())]
+    if not measured or not available():
+        return None
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        panels = 2 if any(outputs) else 1
+        figure = Figure(figsize=(WIDTH, HEIGHT * panels), layout="constrained", facecolor="white")
+        axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+        _depth_panel(axes[0], [layer.errors for layer in measured], "-", "relative output error of each layer; dotted: after its first stage")
+        first = [next(iter(layer.stages.values()), {}) for layer in measured]
+        _depth_panel(axes[0], first, ":")
+        axes[0].set_xlabel("layer")
+        if panels == 2:
+            _depth_panel(axes[1], outputs, "-", "relative error of each block's output")
+            axes[1].set_xlabel("block")
+        return _svg(figure, "Errors along the depth of the model")
+
+
+def _depth_panel(axes: "Axes", rows: Sequence[Mapping[int, float | None]], style: str, title: str = "") -> None:
+    for bits in sorted({bits for row in rows for bits in row}, reverse=True):
+        points = [(x, row[bits]) for x, row in enumerate(rows) if row.get(bits)]
+        label = f"{bits} bits" if title else None
+        axes.plot([x for x, _ in points], [y for _, y in points], style, color=WIDTH_COLORS[bits], linewidth=1.1, label=label)
+    axes.set_yscale("log")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if title:
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.legend(ncols=5, fontsize=8, frameon=False)
 
 
 def _figure(reads: Sequence[Row], original: float | None) -> "Figure":
