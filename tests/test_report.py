@@ -243,7 +243,7 @@ def test_the_card_says_what_the_hub_reads() -> None:
 
 
 def test_the_card_holds_table_protocol_usage_and_limits() -> None:
-    card = model_card(REPORT, {"license": "mit"}, "quality.svg")
+    card = model_card(REPORT, {"license": "mit"}, ["quality.svg"])
     assert "# tiny at 8, 6, 4, 3 and 2 bits" in card
     for row in quality_rows(ROWS).rows:
         assert f"| {' | '.join(row)} |" in card
@@ -260,7 +260,7 @@ def test_the_card_holds_table_protocol_usage_and_limits() -> None:
     assert "calibrated" not in model_card(replace(REPORT, recipe=Recipe(method="minmax")))
     assert "## Limits" in card and "is not recorded here" not in card
     assert not re.search(r"https?://|<img|<script", card)
-    assert model_card(REPORT, {"license": "mit"}, "quality.svg") == card
+    assert model_card(REPORT, {"license": "mit"}, ["quality.svg"]) == card
 
 
 def test_the_card_without_measurement_or_license() -> None:

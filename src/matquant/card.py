@@ -1,6 +1,6 @@
 """The model card: README.md of a checkpoint, made from its report alone, with nothing in it that is fetched from elsewhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +12,13 @@ from matquant.recipe import Recipe
 from matquant.report import LayerReport, Report, Table, layer_rows, public, quality_rows, skipped_rows
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
+IMAGES = {"quality.svg": "KL and perplexity against bits per weight", "errors.svg": "relative errors along the depth of the model"}
 WORST = 5  # layers named in the card; report.json has all
 MAX_CARD_BYTES = 2**16  # the license stands at the top
 
 
-def model_card(report: Report, license: Mapping[str, str] | None = None, plot: str | None = None) -> str:
-    """README.md. license: front matter of the base model's card (`base_license`). plot: name of an image in the same folder."""
+def model_card(report: Report, license: Mapping[str, str] | None = None, images: Collection[str] = ()) -> str:
+    """README.md. license: front matter of the base model's card (`base_license`). images: names of plots in the same folder."""
     name = Path(report.model).name or report.model
     widths = _listed([str(bits) for bits in report.recipe.bits])
     parts = [
@@ -25,7 +26,7 @@ def model_card(report: Report, license: Mapping[str, str] | None = None, plot: s
         f"# {_plain(name)} at {widths} bits",
         f"One checkpoint of {_code(report.base_model or name)} that is read at {widths} bits per weight, or at another width in every layer, "
         "without quantizing again: each narrower weight is read from the leading bits of the same stored code (Matryoshka quantization).",
-        *_quality(report, plot),
+        *_quality(report, images),
         *_usage(report.recipe),
         *_making(report),
         *_limits(report, bool(license)),
@@ -54,10 +55,10 @@ def _front_matter(report: Report, license: Mapping[str, str]) -> dict[str, Any]:
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _quality(report: Report, plot: str | None) -> list[str]:
+def _quality(report: Report, images: Collection[str]) -> list[str]:
     if not report.rows:
         return ["## Quality", "Not measured. `matquant eval DIR --reference MODEL` does it."]
-    image = [f"![KL and perplexity against bits per weight]({plot})"] if plot else []
+    image = [f"![{words}]({name})" for name, words in IMAGES.items() if name in images]
     words = [
         "Bits per weight count scales and offsets: of the quantized weights, then of the whole model. "
         "*To fetch* is every file that a reader of that width needs."

@@ -19,6 +19,13 @@ parent steps instead of 1, so that the residual can reach past the cell that the
     r >  4    e' = e >> d;  p = (B >> d) b + e';  w = s (16 b + 7.5 - z + (16/B)(e' 2^d + (2^d - 1)/2 - 7.5)),  B = 8
 
 Every read is affine in an integer: w_r = scale_r p + offset_r with scale_r = s `step`, offset_r = s (`shift` - z).
+
+A width may have a read of its own, a refit: two bytes a group, k >= 1 and u. With m = k/128 and M = (2^c - 1)/2, the middle code,
+
+    w_r = s (m (step p + shift - M) + M - u 2^(c-8))
+
+The multiplier m turns about the middle, so that u stays near the parent's zero whatever m is. k = 128, u = z 2^(8-c) is the parent's
+own read. Its steps: 0.8 % of the scale, and 1/256 of the code range for the zero, 1/64 of a 2-bit step and 1/16 of a 4-bit one.
 `tests/golden` holds every code x width x rule; each backend is held against it.
 """
 
@@ -150,6 +157,7 @@ def refit_affine(
     grid: Grid,
     slicing: Slicing,
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """(scale_r, offset_r) in float32 of an r-bit read by the refit (k, u); everything but the products with s is exact."""
     step, shift = read_rule(bits, grid, slicing)
     s, m = scale.float(), k.float() / 128
     middle = grid.max_code / 2
@@ -164,10 +172,10 @@ def snap_refit(
     grid: Grid,
     slicing: Slicing,
 ) -> tuple[UInt8[Tensor, "out groups"], UInt8[Tensor, "out groups"]]:
+    """The refit nearest to a wanted read: the scale rounded first, then the zero such that the middle of the read stays where it was."""
     step, shift = read_rule(bits, grid, slicing)
     s, middle = scale.float(), grid.max_code / 2
     k = (scale_r / (s * step) * 128 + 0.5).floor().clamp(1, 255)
-    # the centre of the read, not its offset, is to stay where it was fitted while the scale is rounded
     top = (2**grid.bits / step - 1) / 2
     centre = scale_r * top + offset_r
     u = (k / 128 * (step * top + shift - middle) + middle - centre / s) * 2.0 ** (8 - grid.bits)

@@ -269,7 +269,7 @@ class _Run:
         files = {name: image for name, image in (("quality.svg", plot), ("errors.svg", errors)) if image}
         if report.rows and not plot:
             self.follow.line("no plot: it needs matplotlib (pip install 'matquant[plot]')")
-        card = model_card(report, base_license(self.source.folder), *files)
+        card = model_card(report, base_license(self.source.folder), files)
         return files | {"report.json": report.to_json(), "README.md": card.encode()}
 
     # --- tokens -----------------------------------------------------------------------------------------------------

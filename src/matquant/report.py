@@ -16,7 +16,7 @@ from matquant.evaluate import Protocol, Row
 from matquant.plan import Shape
 from matquant.recipe import Recipe
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class LayerReport:
 class Report:
     """model: as it was asked for. base_model: its id on the hub, None for a local folder. rows: empty if quality was not measured.
 
-    protocol: how it was, else None. skipped: (layer, why it was left as it is).
+    protocol: how it was, else None. skipped: (layer, why it was left as it is). outputs: of every block, the relative error
+    ||y_r - y||^2 / ||y||^2 of its output on the calibration text, by the width of the stream; empty if nothing was calibrated.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Report:
     protocol: Protocol | None
     layers: tuple[LayerReport, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    outputs: tuple[Mapping[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. Absolute paths are cut to the file's name."""
@@ -61,6 +63,7 @@ class Report:
             "protocol": protocol,
             "layers": [_layer_dict(layer) for layer in self.layers],
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+            "outputs": [_finite({str(bits): error for bits, error in output.items()}) for output in self.outputs],
         }
 
     def to_json(self) -> bytes:
@@ -82,6 +85,7 @@ class Report:
                 None if protocol is None else _protocol(protocol),
                 tuple(_layer(layer) for layer in data["layers"]),
                 tuple((_text(skip["name"]), _text(skip["reason"])) for skip in data["skipped"]),
+                tuple({int(bits): _number(error) for bits, error in output.items() if error is not None} for output in data["outputs"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MatquantError) as error:
             raise CheckpointError(f"{source} is not what matquant writes: {error!r}; run matquant eval for fresh numbers") from None
@@ -98,8 +102,10 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer_dict(layer: LayerReport) -> dict[str, Any]:
-    errors = _finite({str(bits): layer.errors[bits] for bits in sorted(layer.errors, reverse=True)})
-    return {"name": layer.name, "shape": [layer.shape.out, layer.shape.in_features], "errors": errors, "notes": list(layer.notes)}
+    keyed = lambda errors: _finite({str(bits): errors[bits] for bits in sorted(errors, reverse=True)})  # noqa: E731
+    stages = {stage: keyed(errors) for stage, errors in layer.stages.items()}
+    shape = [layer.shape.out, layer.shape.in_features]
+    return {"name": layer.name, "shape": shape, "errors": keyed(layer.errors), "stages": stages, "notes": list(layer.notes)}
 
 
 # --- reading back: every value is checked, because a folder may come from anywhere --------------------------------------
@@ -139,8 +145,12 @@ def _protocol(data: Mapping[str, Any]) -> Protocol:
 
 def _layer(data: Mapping[str, Any]) -> LayerReport:
     out, in_features = map(_whole, data["shape"])
-    errors = {int(bits): None if error is None else _number(error) for bits, error in data["errors"].items()}
-    return LayerReport(_text(data["name"]), Shape(out, in_features), errors, tuple(map(_text, data["notes"])))
+    stages = {_text(stage): _errors(errors) for stage, errors in data["stages"].items()}
+    return LayerReport(_text(data["name"]), Shape(out, in_features), _errors(data["errors"]), tuple(map(_text, data["notes"])), stages)
+
+
+def _errors(data: Mapping[str, Any]) -> dict[int, float | None]:
+    return {int(bits): None if error is None else _number(error) for bits, error in data.items()}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

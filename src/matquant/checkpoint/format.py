@@ -5,8 +5,8 @@ One quantized module NAME of a c-bit parent with in input channels and g groups 
     NAME.weight             uint8 [2, out, ceil(in / 8)]    planes 0 and 1
     NAME.plane.K            uint8 [out, ceil(in / 8)]       plane K, 2 <= K < c
     NAME.scale              float [out, g]                  of the parent grid, positive
-    NAME.zero               float [out, g]                  asymmetric grids only: whole numbers 0 .. 2^c - 1
-    NAME.scale.R, .offset.R float [out, g]                  the refit of width R: w = scale p + offset
+    NAME.zero               uint8 [out, g]                  asymmetric grids only: 0 .. 2^c - 1
+    NAME.scale.R, .zero.R   uint8 [out, g]                  the refit of width R: multiplier of the scale, never 0, and zero
 
 `need` of a tensor is how many planes a reader holds when the tensor becomes useful; it decides the shard family.
 """
@@ -23,7 +23,7 @@ from matquant.errors import CheckpointError, InputError, RecipeError, choices
 from matquant.plan import SCALE_BITS, Layout, Shape
 
 QUANT_METHOD, VERSION = "matquant", 1
-RESERVED = ("weight", "plane", "scale", "zero", "offset")
+RESERVED = ("weight", "plane", "scale", "zero")
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # of scales: torch's name -> safetensors'
 
 
@@ -99,7 +99,7 @@ def suffixes(layout: Layout) -> dict[str, int]:
     found |= {f"plane.{k}": k + 1 for k in range(2, c)}
     for r in layout.refit_widths:
         need = max(2, planes_needed(r, c, layout.slicing))
-        found |= {f"scale.{r}": need, f"offset.{r}": need}
+        found |= {f"scale.{r}": need, f"zero.{r}": need}
     return found
 
 
@@ -145,7 +145,7 @@ def expected(suffix: str, shape: Shape, layout: Layout) -> tuple[str, list[int]]
         return "U8", [2, shape.out, row]
     if suffix.startswith("plane."):
         return "U8", [shape.out, row]
-    return DTYPES[layout.scale_dtype], [shape.out, layout.grid.groups(shape.in_features)]
+    return DTYPES[layout.scale_dtype] if suffix == "scale" else "U8", [shape.out, layout.grid.groups(shape.in_features)]
 
 
 def value_problem(suffix: str, tensor: Tensor, in_features: int, layout: Layout) -> str | None:
@@ -158,6 +158,6 @@ def value_problem(suffix: str, tensor: Tensor, in_features: int, layout: Layout)
         return "is not finite everywhere"
     if kind == "scale" and not bool((tensor > 0).all()):
         return "is not positive everywhere"
-    if kind == "zero" and not bool(((tensor == tensor.floor()) & (tensor >= 0) & (tensor <= layout.grid.max_code)).all()):
-        return f"does not hold whole numbers from 0 to {layout.grid.max_code} everywhere"
+    if suffix == "zero" and not bool((tensor <= layout.grid.max_code).all()):
+        return f"does not hold numbers from 0 to {layout.grid.max_code} everywhere"
     return None

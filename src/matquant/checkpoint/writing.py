@@ -30,16 +30,16 @@ WRITTEN_BY = ("matquant", "torch", "transformers", "safetensors")
 
 
 def module_tensors(name: str, weight: NestedWeight) -> dict[str, Tensor]:
-    """The tensors of one module, named and typed as stored; scales, zeros and offsets in the dtype of weight.scale.
+    """The tensors of one module, named and typed as stored.
 
-    Raises CheckpointError if a value does not survive that dtype (an offset that overflows, a scale that underflows).
+    Raises CheckpointError for a scale that is not finite and positive in its dtype.
     """
     planes, dtype = weight.packed(), weight.scale.dtype
     parts = {"weight": planes[:2]} | {f"plane.{k}": planes[k] for k in range(2, len(planes))} | {"scale": weight.scale}
     if weight.zero is not None:
-        parts["zero"] = weight.zero.to(dtype)
+        parts["zero"] = weight.zero
     for r, refit in weight.refits.items():
-        parts |= {f"scale.{r}": refit.scale.to(dtype), f"offset.{r}": refit.offset.to(dtype)}
+        parts |= {f"scale.{r}": refit.scale, f"zero.{r}": refit.zero}
     layout = Layout(weight.grid, weight.slicing, (), (), str(dtype).removeprefix("torch."))
     for suffix, tensor in parts.items():
         if problem := value_problem(suffix, tensor, weight.codes.shape[1], layout):
