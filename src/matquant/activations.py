@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matquant.errors import InputError
+from matquant.recipe import ORIGINAL
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,6 @@ def like(hidden: Float[Tensor, "samples length hidden"], file: Path | None) -> F
 # --- statistics of a block's inputs ---------------------------------------------------------------------------------
 
 Weights = Mapping[str, Tensor]  # layer -> its weight as the module holds it
-ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def statistics(
 ) -> dict[str, Inputs]:
     """Inputs of the `leaders`, each stream run with its own weights up to the last of them. A leader that no token reaches is absent.
 
-    streams, weights: by width, and, if `cross` is wanted, the original's under ORIGINAL.
+    streams, weights: by width; the original's is there, under ORIGINAL, if `cross` is wanted.
     """
     caught: dict[str, Tensor] = {}
     waiting: set[str] = set()
@@ -201,15 +201,15 @@ def statistics(
 
     h: dict[str, dict[int, Moments]] = {}
     c: dict[str, dict[int, Moments]] = {}
-    widths = [width for width in streams if width != ORIGINAL]
+    widths = list(streams)
     with _hooks({name: layers[name] for name in leaders}, observe), torch.inference_mode():
         for sample in range(len(streams[widths[0]])):
-            original = inputs(ORIGINAL, sample) if cross else {}
+            original = inputs(ORIGINAL, sample) if ORIGINAL in streams else {}
             for width in widths:
-                for name, x in inputs(width, sample).items():
+                for name, x in (original if width == ORIGINAL else inputs(width, sample)).items():
                     empty = lambda x=x: Moments(x.new_zeros(x.shape[1], x.shape[1]))  # noqa: E731
                     h.setdefault(name, {}).setdefault(width, empty()).add(x, x)
-                    if name in original and original[name].shape == x.shape:  # a router may send an expert other tokens
+                    if cross and width != ORIGINAL and name in original and original[name].shape == x.shape:  # a router may send an expert other tokens
                         c.setdefault(name, {}).setdefault(width, empty()).add(original[name] - x, x)
     found = {name: {width: moments.mean for width, moments in of.items()} for name, of in h.items()}
     crossed = {name: {width: moments.mean for width, moments in of.items()} for name, of in c.items()}

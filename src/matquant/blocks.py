@@ -24,7 +24,7 @@ from matquant.checkpoint import module_tensors, nested_weight, writing_error
 from matquant.errors import InputError
 from matquant.groups import BlockState
 from matquant.plan import Shape
-from matquant.recipe import Recipe
+from matquant.recipe import ORIGINAL, Recipe
 from matquant.report import LayerReport
 from matquant.weight import NestedWeight
 
@@ -102,7 +102,7 @@ class BlockRun:
         if self.calibrated:
             models.materialize_around(self.source, prefix, self.device, self.dtype)
             calls, hidden = activations.record(self.source.model, blocks, train, self.device)
-            streams = {width: activations.like(hidden, self._stream_file(width)) for width in (activations.ORIGINAL, *self.recipe.stream_widths)}
+            streams = {width: activations.like(hidden, self._stream_file(width)) for width in (ORIGINAL, *self.recipe.stream_widths)}
         for index, block in enumerate(blocks[: todo[-1] + 1]):
             self.follow("quantizing", index, len(blocks))
             name = f"{prefix}.{index}"

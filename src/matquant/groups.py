@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matquant import activations, methods, models
-from matquant.activations import ORIGINAL, Inputs
+from matquant.activations import Inputs
 from matquant.objective import row_losses
 from matquant.plan import Shape
-from matquant.recipe import Recipe
+from matquant.recipe import ORIGINAL, Recipe
 from matquant.refit import refit
 from matquant.report import LayerReport
 from matquant.weight import NestedWeight, Refit
@@ -78,7 +78,8 @@ class BlockState:
         if self.call is None:
             return {}
         cross = self.recipe.asymmetric_calibration > 0
-        streams = {width: hidden for width, hidden in self.streams.items() if cross or width != ORIGINAL}
+        used = {self.recipe.stream_of(r) for r in (*self.recipe.targets, *self.recipe.bits)} | ({ORIGINAL} if cross else set[int]())
+        streams = {width: hidden for width, hidden in self.streams.items() if width in used}
         return activations.statistics(self.block, self.call, streams, self.weights, self.layers, leaders, cross)
 
     def _original(self, name: str) -> Tensor:
@@ -88,7 +89,7 @@ class BlockState:
     def _unknown(self, weights: Mapping[str, Tensor]) -> Inputs:
         w = next(iter(weights.values()))
         equal = torch.eye(w.shape[1], device=w.device)
-        return Inputs(dict.fromkeys(self.recipe.stream_widths, equal))
+        return Inputs(dict.fromkeys((ORIGINAL, *self.recipe.stream_widths), equal))
 
 
 def quantize_group(weights: Mapping[str, Float[Tensor, "_ in"]], inputs: Inputs, recipe: Recipe) -> Results:

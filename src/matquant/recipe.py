@@ -25,6 +25,8 @@ def _targets() -> dict[int, float]:
     return {8: 0.02, 4: 0.25, 3: 0.5, 2: 1.0}
 
 
+ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
+DRIFTS = 4  # from 5 bits up, what a layer is given hardly differs from what the original gives it
 FAVOR = 3.0  # how much more a favoured width weighs
 
 
@@ -53,7 +55,7 @@ class Recipe:
     act_order: bool = _help("visit input channels in order of descending activation power", default=True)
     static_groups: bool = _help("fix scales before the first code is chosen; off = when the group is reached, as the papers do", default=True)
     feedback: Feedback = _help("error feedback of gptq: per-width, or mean (MatGPTQ's rule)", default="per-width")
-    streams: tuple[int, ...] = _help("widths whose own activations calibrate them; none named = every target", default=())
+    streams: tuple[int, ...] = _help("widths calibrated on activations of their own; none named = every target up to 4 bits", default=())
     asymmetric_calibration: float = _help("share of the inputs' drift that weights make up for (GPTAQ): 0 to 1", default=0.0)
     sweeps: int = _help("rounds of refit and coordinate descent over the codes after GPTQ", default=2)
     damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)
@@ -125,11 +127,11 @@ class Recipe:
     @property
     def stream_widths(self) -> tuple[int, ...]:
         """The widths that have activations of their own, descending."""
-        return self.streams or tuple(self.targets)
+        return self.streams or tuple(r for r in self.targets if r <= DRIFTS)
 
     def stream_of(self, bits: int) -> int:
-        """The stream that calibrates a width: the narrowest that is no narrower than it, else the widest."""
-        return min((r for r in self.stream_widths if r >= bits), default=max(self.stream_widths))
+        """The stream that calibrates a width: the narrowest that is no narrower than it, else the original's."""
+        return min((r for r in self.stream_widths if r >= bits), default=ORIGINAL)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back to an equal recipe."""
