@@ -228,6 +228,6 @@ def _row_losses(w: Tensor, read: Tensor, h: Tensor) -> Tensor:
 
 
 def _rows(weight: NestedWeight, rows: slice) -> NestedWeight:
-    refits = {bits: Refit(fit.scale[rows], fit.offset[rows]) for bits, fit in weight.refits.items()}
+    refits = {bits: Refit(fit.scale[rows], fit.zero[rows]) for bits, fit in weight.refits.items()}
     zero = None if weight.zero is None else weight.zero[rows]
     return replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero=zero, refits=refits)

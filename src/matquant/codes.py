@@ -19,6 +19,16 @@ parent steps instead of 1, so that the residual can reach past the cell that the
     r >  4    e' = e >> d;  p = (B >> d) b + e';  w = s (16 b + 7.5 - z + (16/B)(e' 2^d + (2^d - 1)/2 - 7.5)),  B = 8
 
 Every read is affine in an integer: w_r = scale_r p + offset_r with scale_r = s `step`, offset_r = s (`shift` - z).
+
+A width may have a refit of its own, two bytes a group: k (1..255) stretches the read about the middle of the parent's range,
+u (0..255) moves it in steps of 2^(c-8) parent steps:
+
+    m = k/128,  mid = (2^c - 1)/2,  w_r = s (m (step p + shift - mid) + mid - u 2^(c-8))
+    that is,    scale_r = s (m step),  offset_r = s (m (shift - mid) + mid - u 2^(c-8))
+
+k = 128, u = z 2^(8-c) is exactly the parent's read. Both brackets are exact in float32 (multiples of 2^-8, 18 bits), so that
+only the product with s rounds, once: readers agree to the bit.
+
 `tests/golden` holds every code x width x rule; each backend is held against it.
 """
 
@@ -34,6 +44,7 @@ from torch import Tensor
 from matquant.errors import RecipeError, choices
 
 Slicing = Literal["floor", "round", "round-overflow"]
+UNIT = 128  # the k of a refit that stretches nothing
 SLICINGS: tuple[Slicing, ...] = get_args(Slicing)
 WIDTHS = range(2, 9)
 
@@ -127,7 +138,7 @@ def slice_codes(q: UInt8[Tensor, "*shape"], bits: int, grid: Grid, slicing: Slic
 
 def read_affine(
     scale: Float[Tensor, "out groups"],
-    zero: Float[Tensor, "out groups"] | None,
+    zero: UInt8[Tensor, "out groups"] | None,
     bits: int,
     grid: Grid,
     slicing: Slicing,
@@ -140,6 +151,39 @@ def read_affine(
     s = scale.float()
     z = grid.center if zero is None else zero.float()
     return s * step, s * (shift - z)
+
+
+def refit_affine(
+    scale: Float[Tensor, "out groups"],
+    k: UInt8[Tensor, "out groups"],
+    u: UInt8[Tensor, "out groups"],
+    bits: int,
+    grid: Grid,
+    slicing: Slicing,
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """(scale_r, offset_r) in float32 of an r-bit read with a refit (module docstring). scale: of the parent grid."""
+    step, shift = read_rule(bits, grid, slicing)
+    s, m, mid = scale.float(), k.float() / UNIT, grid.max_code / 2
+    return s * (m * step), s * (m * (shift - mid) + mid - u.float() * 2.0 ** (grid.bits - 8))
+
+
+def snap_refit(
+    scale_r: Float[Tensor, "out groups"],
+    offset_r: Float[Tensor, "out groups"],
+    scale: Float[Tensor, "out groups"],
+    bits: int,
+    grid: Grid,
+    slicing: Slicing,
+) -> tuple[UInt8[Tensor, "out groups"], UInt8[Tensor, "out groups"]]:
+    """The (k, u) nearest to a finite scale_r, offset_r: the inverse of `refit_affine` by rounding, half up.
+
+    u is rounded from the read at the middle of the range as it was fitted, before k was: the rounding of one does not move the other.
+    """
+    step, shift = read_rule(bits, grid, slicing)
+    s, mid = scale.float(), grid.max_code / 2
+    m = scale_r.float() / (s * step)
+    u = (m * (shift - mid) + mid - offset_r.float() / s) * 2.0 ** (8 - grid.bits)
+    return (m * UNIT + 0.5).floor().clamp(1, 255).to(torch.uint8), (u + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from matquant.codes import Grid, Slicing, planes_needed, read_affine, slice_codes
+from matquant.codes import Grid, Slicing, planes_needed, read_affine, refit_affine, slice_codes
 from matquant.errors import MissingPlanesError
 from matquant.packing import pack_planes
 
@@ -37,24 +37,24 @@ class AffineWeight:
 
 @dataclass(frozen=True)
 class Refit:
-    """Scale and offset of one width, fitted after the codes were chosen; they replace what the parent grid implies."""
+    """The read of one width, fitted after the codes were chosen: scale is k, 1 to 255, and zero is u of codes.refit_affine."""
 
-    scale: Float[Tensor, "out groups"]
-    offset: Float[Tensor, "out groups"]
+    scale: UInt8[Tensor, "out groups"]
+    zero: UInt8[Tensor, "out groups"]
 
 
 @dataclass(frozen=True)
 class NestedWeight:
     """All widths of one weight.
 
-    codes: parent codes. scale: of the parent grid, in its storage dtype. zero: None for a symmetric grid, else integers in
-    the storage dtype. refits: width -> its own scale and offset. planes: how many planes the codes really hold, most
-    significant first (fewer than grid.bits for a partial download; the other bits are zero).
+    codes: parent codes. scale: of the parent grid, in its storage dtype. zero: None for a symmetric grid, else at most
+    2^c - 1. refits: width -> its own read. planes: how many planes the codes really hold, most significant first (fewer
+    than grid.bits for a partial download; the other bits are zero).
     """
 
     codes: UInt8[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
-    zero: Float[Tensor, "out groups"] | None
+    zero: UInt8[Tensor, "out groups"] | None
     grid: Grid
     slicing: Slicing
     refits: Mapping[int, Refit] = field(default_factory=dict[int, Refit])
@@ -76,7 +76,7 @@ class NestedWeight:
         if refit is None:
             scale, offset = read_affine(self.scale, self.zero, bits, self.grid, self.slicing)
         else:
-            scale, offset = refit.scale.float(), refit.offset.float()
+            scale, offset = refit_affine(self.scale, refit.scale, refit.zero, bits, self.grid, self.slicing)
         return AffineWeight(codes, scale, offset, bits)
 
     def packed(self) -> UInt8[Tensor, "planes out bytes"]:

@@ -80,7 +80,7 @@ def quantize(w: Float[Tensor, "out in"], h: Float[Tensor, "in in"], recipe: Reci
     else:
         scale, zero = fit_grid(wg, grid, dtype)
     codes, scale, zero = choose_codes(w, decomposition, scale, zero, recipe)
-    weight = NestedWeight(codes, scale.to(dtype), None if zero is None else zero.to(dtype), grid, recipe.slicing)
+    weight = NestedWeight(codes, scale.to(dtype), None if zero is None else zero.to(torch.uint8), grid, recipe.slicing)
     return Chosen(weight, decomposition.notes)
 
 

@@ -25,4 +25,4 @@ def quantize(w: Float[Tensor, "out in"], h: Float[Tensor, "in in"], recipe: Reci
         scale, zero = fit_grid(wg, grid, dtype)
     t = wg / scale[..., None] + (grid.center if zero is None else zero[..., None])
     codes = nearest_code(t, grid).reshape(w.shape)
-    return Chosen(NestedWeight(codes, scale.to(dtype), None if zero is None else zero.to(dtype), grid, recipe.slicing))
+    return Chosen(NestedWeight(codes, scale.to(dtype), None if zero is None else zero.to(torch.uint8), grid, recipe.slicing))
