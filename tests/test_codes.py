@@ -25,8 +25,10 @@ from matquant.codes import (
     planes_needed,
     read_affine,
     read_rule,
+    refit_affine,
     slice_codes,
     snap,
+    snap_refit,
 )
 from matquant.errors import RecipeError
 
@@ -89,7 +91,7 @@ def test_every_read_is_affine(entry: dict[str, Any], dtype: torch.dtype, symmetr
     """scale p + offset equals s (value - z) in exact rational arithmetic, for scales in either 16-bit type."""
     grid = Grid(entry["parent"], symmetric=symmetric, overlap=entry["overlap"])
     scale = snap(torch.tensor([[0.0117, 3e-6, 1.0, 411.0]]), dtype)
-    zero = None if symmetric else torch.tensor([[0.0, 1.0, 2.0, float(grid.max_code)]])
+    zero = None if symmetric else torch.tensor([[0, 1, 2, grid.max_code]], dtype=torch.uint8)
     scale_r, offset_r = read_affine(scale, zero, entry["bits"], grid, entry["slicing"])
     for g in range(4):
         z = Fraction(grid.center) if zero is None else Fraction(zero[0, g].item())
@@ -98,6 +100,67 @@ def test_every_read_is_affine(entry: dict[str, Any], dtype: torch.dtype, symmetr
             read = Fraction(scale_r[0, g].item()) * p + Fraction(offset_r[0, g].item())
             tolerance = 0 if dtype != torch.float32 else Fraction(scale[0, g].item()) / 2**14
             assert abs(read - exact) <= tolerance
+
+
+def refit_exactly(s: float, k: int, u: int, bits: int, grid: Grid, slicing: Slicing) -> tuple[Fraction, Fraction]:
+    """(scale_r, offset_r) by the formula of docs/FORMAT.md in rational arithmetic."""
+    step, shift = map(Fraction, read_rule(bits, grid, slicing))
+    m, mid = Fraction(k, 128), Fraction(2**grid.bits - 1, 2)
+    return Fraction(s) * m * step, Fraction(s) * (m * (shift - mid) + mid - Fraction(u, 2 ** (8 - grid.bits)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("entry", TABLE, ids=named)
+def test_a_refit_is_the_formula_rounded_once(entry: dict[str, Any], dtype: torch.dtype) -> None:
+    grid, bits, slicing = grid_of(entry), entry["bits"], entry["slicing"]
+    chance = torch.Generator().manual_seed(entry["parent"] * 10 + bits)
+    k, u = (torch.randint(low, 256, (3, 40), dtype=torch.uint8, generator=chance) for low in (1, 0))
+    k[0, :3], u[0, :3] = torch.tensor([1, 255, 128]), torch.tensor([255, 0, 128])
+    scale = snap(torch.rand(3, 40, generator=chance) * 0.03, dtype)
+    read = refit_affine(scale.to(dtype), k, u, bits, grid, slicing)
+    for s, one_k, one_u, *got in zip(*(x.flatten().tolist() for x in (scale, k, u, *read)), strict=True):
+        exact = refit_exactly(s, one_k, one_u, bits, grid, slicing)
+        assert got == [torch.tensor(float(x), dtype=torch.float64).float().item() for x in exact]  # float64 holds both: 42 bits
+        assert dtype == torch.float32 or Fraction(got[0]) == exact[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("entry", TABLE, ids=named)
+def test_every_refit_comes_back_from_its_read(entry: dict[str, Any], dtype: torch.dtype) -> None:
+    grid, bits, slicing = grid_of(entry), entry["bits"], entry["slicing"]
+    k, u = torch.meshgrid(torch.arange(1, 256, 7, dtype=torch.uint8), torch.arange(0, 256, 5, dtype=torch.uint8), indexing="ij")
+    scale = snap(torch.rand(k.shape, generator=torch.Generator().manual_seed(1)) + 1e-4, dtype)
+    found = snap_refit(*refit_affine(scale, k, u, bits, grid, slicing), scale, bits, grid, slicing)
+    assert found[0].equal(k) and found[1].equal(u)
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=named)
+def test_a_refit_of_128_and_the_zero_is_the_parents_read(entry: dict[str, Any]) -> None:
+    grid, bits, slicing = Grid(entry["parent"], symmetric=False, overlap=entry["overlap"]), entry["bits"], entry["slicing"]
+    zero = all_codes(grid)[None]
+    scale = snap(torch.rand(zero.shape, generator=torch.Generator().manual_seed(1)), torch.float16)
+    plain = read_affine(scale, zero, bits, grid, slicing)
+    k, u = torch.full_like(zero, 128), zero * 2 ** (8 - grid.bits)
+    assert all(map(torch.equal, refit_affine(scale, k, u, bits, grid, slicing), plain))
+    assert all(map(torch.equal, snap_refit(*plain, scale, bits, grid, slicing), (k, u)))
+
+
+@pytest.mark.parametrize("slicing", SLICINGS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_snapping_a_refit_keeps_the_middle_and_clamps(bits: int, slicing: Slicing) -> None:
+    """The read at the middle of the range moves by at most half a step of u, whatever k rounds to; values beyond the bytes end at them."""
+    grid, chance = Grid(8), torch.Generator().manual_seed(bits)
+    scale = torch.rand(4, 50, generator=chance) + 0.1
+    step, shift = read_rule(bits, grid, slicing)
+    m, u = torch.rand(4, 50, generator=chance) * 1.9 + 0.05, torch.rand(4, 50, generator=chance) * 255
+    a, b = scale * m * step, scale * (m * (shift - 127.5) + 127.5 - u)
+    got_k, got_u = snap_refit(a, b, scale, bits, grid, slicing)
+    new_a, new_b = refit_affine(scale, got_k, got_u, bits, grid, slicing)
+    middle = (127.5 - shift) / step
+    assert ((new_a - a).abs() <= scale * step / 128 * 0.501).all()
+    assert ((new_a * middle + new_b - a * middle - b).abs() <= scale * 0.501).all()
+    ends = snap_refit(*(torch.tensor([[x, -x, 0.0]]) for x in (1e4, 1e6)), torch.ones(1, 3), bits, grid, slicing)
+    assert ends[0].tolist() == [[255, 1, 1]] and ends[1].tolist()[0][:2] == [0, 255]
 
 
 @pytest.mark.parametrize("entry", [e for e in TABLE if e["bits"] == e["parent"]], ids=named)

@@ -16,7 +16,7 @@ def nested(grid: Grid, slicing: Slicing, seed: int = 0, dtype: torch.dtype = tor
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**grid.bits, (OUT, IN), dtype=torch.uint8, generator=generator)
     scale = (torch.rand(OUT, grid.groups(IN), generator=generator) + 0.01).to(dtype)
-    zero = None if grid.symmetric else torch.randint(0, 2**grid.bits, scale.shape, generator=generator).to(dtype)
+    zero = None if grid.symmetric else torch.randint(0, 2**grid.bits, scale.shape, dtype=torch.uint8, generator=generator)
     return NestedWeight(codes, scale, zero, grid, slicing, refits or {})
 
 
@@ -54,11 +54,13 @@ def test_dense_rounds_once() -> None:
     assert weight.dense().dtype == torch.float32
 
 
-def test_a_refit_replaces_scale_and_offset_of_its_width_only() -> None:
-    refit = Refit(torch.full((OUT, 2), 2.0, dtype=torch.float16), torch.full((OUT, 2), -3.0, dtype=torch.float16))
+def test_a_refit_replaces_the_read_of_its_width_only() -> None:
+    """k = 192 is m = 1.5; at 3 bits step is 32 and shift 15.5, so that w = s (1.5 (32 p - 112) + 127.5 - 100) = s (48 p - 140.5)."""
+    refit = Refit(torch.full((OUT, 2), 192, dtype=torch.uint8), torch.full((OUT, 2), 100, dtype=torch.uint8))
     weight = nested(Grid(8, GROUP), "floor", refits={3: refit})
     plain = nested(Grid(8, GROUP), "floor")
-    assert weight.read(3).dense().equal(2.0 * (weight.codes >> 5).float() - 3.0)
+    scale = weight.scale.float().repeat_interleave(GROUP, 1)
+    torch.testing.assert_close(weight.read(3).dense(), scale * (48 * (weight.codes >> 5).float() - 140.5), rtol=1e-6, atol=1e-4)
     assert weight.read(3).codes.equal(plain.read(3).codes)
     assert weight.read(4).dense().equal(plain.read(4).dense())
 

@@ -20,12 +20,15 @@ parent steps instead of 1, so that the residual can reach past the cell that the
 
 Every read is affine in an integer: w_r = scale_r p + offset_r with scale_r = s `step`, offset_r = s (`shift` - z).
 
-A width may have a read of its own, a refit: two bytes a group, k >= 1 and u. With m = k/128 and M = (2^c - 1)/2, the middle code,
+A width may have a refit of its own, two bytes a group: k (1..255) stretches the read about the middle of the parent's range,
+u (0..255) moves it in steps of 2^(c-8) parent steps:
 
-    w_r = s (m (step p + shift - M) + M - u 2^(c-8))
+    m = k/128,  mid = (2^c - 1)/2,  w_r = s (m (step p + shift - mid) + mid - u 2^(c-8))
+    that is,    scale_r = s (m step),  offset_r = s (m (shift - mid) + mid - u 2^(c-8))
 
-The multiplier m turns about the middle, so that u stays near the parent's zero whatever m is. k = 128, u = z 2^(8-c) is the parent's
-own read. Its steps: 0.8 % of the scale, and 1/256 of the code range for the zero, 1/64 of a 2-bit step and 1/16 of a 4-bit one.
+k = 128, u = z 2^(8-c) is exactly the parent's read. Both brackets are exact in float32 (multiples of 2^-8, 18 bits), so that
+only the product with s rounds, once: readers agree to the bit.
+
 `tests/golden` holds every code x width x rule; each backend is held against it.
 """
 
@@ -41,6 +44,7 @@ from torch import Tensor
 from matquant.errors import RecipeError, choices
 
 Slicing = Literal["floor", "round", "round-overflow"]
+UNIT = 128  # the k of a refit that stretches nothing
 SLICINGS: tuple[Slicing, ...] = get_args(Slicing)
 WIDTHS = range(2, 9)
 
@@ -134,7 +138,7 @@ def slice_codes(q: UInt8[Tensor, "*shape"], bits: int, grid: Grid, slicing: Slic
 
 def read_affine(
     scale: Float[Tensor, "out groups"],
-    zero: Float[Tensor, "out groups"] | None,
+    zero: UInt8[Tensor, "out groups"] | None,
     bits: int,
     grid: Grid,
     slicing: Slicing,
@@ -157,11 +161,10 @@ def refit_affine(
     grid: Grid,
     slicing: Slicing,
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-    """(scale_r, offset_r) in float32 of an r-bit read by the refit (k, u); everything but the products with s is exact."""
+    """(scale_r, offset_r) in float32 of an r-bit read with a refit (module docstring). scale: of the parent grid."""
     step, shift = read_rule(bits, grid, slicing)
-    s, m = scale.float(), k.float() / 128
-    middle = grid.max_code / 2
-    return s * (m * step), s * (m * (shift - middle) + middle - u.float() * 2.0 ** (grid.bits - 8))
+    s, m, mid = scale.float(), k.float() / UNIT, grid.max_code / 2
+    return s * (m * step), s * (m * (shift - mid) + mid - u.float() * 2.0 ** (grid.bits - 8))
 
 
 def snap_refit(
@@ -172,14 +175,15 @@ def snap_refit(
     grid: Grid,
     slicing: Slicing,
 ) -> tuple[UInt8[Tensor, "out groups"], UInt8[Tensor, "out groups"]]:
-    """The refit nearest to a wanted read: the scale rounded first, then the zero such that the middle of the read stays where it was."""
+    """The (k, u) nearest to a finite scale_r, offset_r: the inverse of `refit_affine` by rounding, half up.
+
+    u is rounded from the read at the middle of the range as it was fitted, before k was: the rounding of one does not move the other.
+    """
     step, shift = read_rule(bits, grid, slicing)
-    s, middle = scale.float(), grid.max_code / 2
-    k = (scale_r / (s * step) * 128 + 0.5).floor().clamp(1, 255)
-    top = (2**grid.bits / step - 1) / 2
-    centre = scale_r * top + offset_r
-    u = (k / 128 * (step * top + shift - middle) + middle - centre / s) * 2.0 ** (8 - grid.bits)
-    return k.to(torch.uint8), (u + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    s, mid = scale.float(), grid.max_code / 2
+    m = scale_r.float() / (s * step)
+    u = (m * (shift - mid) + mid - offset_r.float() / s) * 2.0 ** (8 - grid.bits)
+    return (m * UNIT + 0.5).floor().clamp(1, 255).to(torch.uint8), (u + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=256)

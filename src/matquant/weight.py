@@ -37,7 +37,7 @@ class AffineWeight:
 
 @dataclass(frozen=True)
 class Refit:
-    """Scale and zero of one width."""
+    """The read of one width, fitted after the codes were chosen: scale is k, 1 to 255, and zero is u of codes.refit_affine."""
 
     scale: UInt8[Tensor, "out groups"]
     zero: UInt8[Tensor, "out groups"]
@@ -47,9 +47,9 @@ class Refit:
 class NestedWeight:
     """All widths of one weight.
 
-    codes: parent codes. scale: of the parent grid, in its storage dtype. zero: None for a symmetric grid, else integers in
-    the storage dtype. refits: width -> its own scale and offset. planes: how many planes the codes really hold, most
-    significant first (fewer than grid.bits for a partial download; the other bits are zero).
+    codes: parent codes. scale: of the parent grid, in its storage dtype. zero: None for a symmetric grid, else at most
+    2^c - 1. refits: width -> its own read. planes: how many planes the codes really hold, most significant first (fewer
+    than grid.bits for a partial download; the other bits are zero).
     """
 
     codes: UInt8[Tensor, "out in"]
