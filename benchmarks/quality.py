@@ -79,7 +79,7 @@ def recipes(variant: Variant, common: dict[str, Any]) -> list[Recipe]:
     settings = {"bits": WIDTHS, **common, **variant.settings}
     if not variant.dedicated:
         return [Recipe(**settings)]
-    return [Recipe(**{**settings, "parent_bits": r, "bits": (r,), "targets": {r: 1.0}}) for r in WIDTHS]
+    return [Recipe(**{**settings, "parent_bits": r, "bits": (r,), "targets": {r: 1.0}, "streams": (r,)}) for r in WIDTHS]
 
 
 def evaluation(spec: str, tokenizer: Any, dense: Any, count: int, seq_len: int) -> torch.Tensor:

@@ -2,13 +2,14 @@
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is `flags COMMAND` (from the command line
 itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
-`matquant eval --json` prints them), or `quality MODEL` (from benchmarks/results/quality-MODEL.json, benchmarks/quality.py).
+`matquant eval --json` prints them), or `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
+benchmarks/quality.py).
 """
 
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,36 +71,126 @@ def results() -> str:
     return f"{stored['caption']}\n\n{markdown(*quality_rows(rows))}"
 
 
+QUALITY_ORDER = (
+    "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "block", "dedicated", "integer-zero", "round"
+)  # fmt: skip
+ABLATION_ORDER = (
+    "one-pass", "streams", "streams-refit", "streams-refit+refit", "one-stream", "two-streams", "symmetric-target", "full-target", "no-clip-search",
+    "sweeps-6", "nested"
+)  # fmt: skip
+FAVOR_ORDER = ("nested", "favor-2", "favor-4", "favor-8")
+
+
 def quality(model: str) -> str:
-    """KL, perplexity, top-1 and bits per weight of every variant at every width, with the command and the setting."""
-    stored = json.loads((REPO / "benchmarks" / "results" / f"quality-{model}.json").read_text())
-    setting, machine, variants = stored["setting"], stored["machine"], stored["variants"]
-    widths = sorted({row["bits"] for variant in variants.values() for row in variant["rows"]}, reverse=True)
+    """KL, perplexity, top-1 and bits per weight of every method at every width and text, with the command and the setting."""
+    stored = _stored(model)
+    setting, runs = stored["setting"], _variants(stored)
+    first = next(iter(stored["runs"].values()))
+    original = ", ".join(f"{value:.2f} on {text}" for text, value in stored["original"].items())
     parts = [
-        f"    {stored['command']}\n\nGroups of {setting['group_size']}. Calibrated on {_counts(setting['train'])} of {_text(setting['calibration'])}, "
-        f"measured on {_counts(setting['held_out'])} of {_text(setting['text'])}. torch {machine['versions']['torch']}, float32, commit {machine['commit']}.\n"
+        f"    {first['command']}\n\nGroups of {setting['group_size']}. Calibrated on {_counts(setting['train'])} of {_text(setting['calibration'])}, "
+        f"measured on {_counts(setting['held_out'])} of each text. Perplexity of the original: {original}. "
+        f"torch {first['machine']['versions']['torch']}, float32. Where there are several seeds (calibration sequences): mean ± half the spread.\n"
     ]
-    measures: list[tuple[str, str, Callable[[float], str]]] = [
-        ("KL to the original, nats a token", "kl", lambda value: f"{value:.4f}" if value < 0.1 else f"{value:.3f}"),
-        ("perplexity", "perplexity", lambda value: f"{value:.2f}" if value < 1000 else f"{value:.0f}"),
-        ("top-1 agreement with the original", "top1", lambda value: f"{value:.3f}"),
-        ("bits per weight, metadata included", "bits_per_weight", lambda value: f"{value:.2f}"),
-    ]
-    for title, key, text in measures:
-        rows = [line for name in QUALITY_ORDER if name in variants for line in _quality_lines(variants[name], widths, key, text)]
-        parts.append(f"{title}:\n\n{markdown(['', *map(str, widths)], rows)}")
+    for text in stored["original"]:
+        for title, key, words in MEASURES:
+            parts.append(f"{title}, {_text(text)}:\n\n{_table(runs, QUALITY_ORDER, text, key, words)}")
+    parts.append(f"bits per weight, metadata included:\n\n{_table(runs, QUALITY_ORDER, next(iter(stored['original'])), 'bits_per_weight', _bits)}")
+    if "gptq" in runs:
+        parts.append(f"KL over that of classic GPTQ dedicated to the width (mean over seeds and texts):\n\n{_ratios(runs, list(stored['original']))}")
     return "\n".join(parts)
 
 
-QUALITY_ORDER = ("rtn", "gptq", "gptq-symmetric", "matgptq", "floor", "round", "floor-symmetric", "round-symmetric")
+def ablation(model: str) -> str:
+    """KL of our stages one by one."""
+    stored = _stored(model)
+    text = next(iter(stored["original"]))
+    return _table(_variants(stored), ABLATION_ORDER, text, "kl", _kl)
 
 
-def _quality_lines(variant: dict[str, Any], widths: list[int], key: str, text: Callable[[float], str]) -> list[list[str]]:
-    """One line without refits and one with them, where there are any; widths that have none repeat what they read."""
-    plain = {row["bits"]: row[key] for row in variant["rows"] if not row["refit"]}
-    refits = {row["bits"]: row[key] for row in variant["rows"] if row["refit"]}
-    lines = [(variant["words"], plain)] + ([(variant["words"] + ", refit", plain | refits)] if refits else [])
-    return [[words, *(text(values[bits]) for bits in widths)] for words, values in lines]
+def favor(model: str) -> str:
+    """KL with one width favoured."""
+    stored = _stored(model)
+    return _table(_variants(stored), FAVOR_ORDER, next(iter(stored["original"])), "kl", _kl)
+
+
+def _stored(model: str) -> dict[str, Any]:
+    return json.loads((REPO / "benchmarks" / "results" / f"quality-{model}.json").read_text())
+
+
+Values = dict[tuple[str, int], dict[str, list[float]]]  # (text, bits) -> measure -> one value a seed
+
+
+def _variants(stored: dict[str, Any]) -> dict[str, tuple[str, Values]]:
+    """Variant -> (its words, values). A variant measured with and without refits is two, the second named NAME+refit."""
+    found: dict[str, tuple[str, Values]] = {}
+    for key, run in stored["runs"].items():
+        name = key.partition("/")[0]
+        plain = {(row["text"], row["bits"]) for row in run["rows"] if not row["refit"]}
+        for row in run["rows"]:
+            where = (row["text"], row["bits"])
+            twice = row["refit"] and where in plain
+            label, words = (f"{name}+refit", f"{run['words']}, refit") if twice else (name, run["words"])
+            of = found.setdefault(label, (words, {}))[1].setdefault(where, {})
+            for measure in ("kl", "perplexity", "top1", "bits_per_weight"):
+                of.setdefault(measure, []).append(row[measure])
+    for name in list(found):
+        if name.endswith("+refit"):  # where a width has no refit, the row repeats what it reads without
+            found[name] = found[name][0], found[name.removesuffix("+refit")][1] | found[name][1]
+    return found
+
+
+def _table(runs: dict[str, tuple[str, Values]], order: Sequence[str], text: str, key: str, words: Callable[[float], str]) -> str:
+    shown = [name for name in order if name in runs]
+    widths = sorted({bits for name in shown for _, bits in runs[name][1]}, reverse=True)
+    rows = []
+    for name in shown:
+        title, values = runs[name]
+        rows.append([title, *(_spread(values.get((text, bits), {}).get(key, []), words) for bits in widths)])
+    return markdown(["", *map(str, widths)], rows)
+
+
+def _spread(values: list[float], words: Callable[[float], str]) -> str:
+    if not values:
+        return ""
+    middle, half = words(sum(values) / len(values)), words((max(values) - min(values)) / 2)
+    return f"{middle} ± {half}" if len(values) > 1 and max(values) > min(values) else middle
+
+
+def _ratios(runs: dict[str, tuple[str, Values]], texts: list[str]) -> str:
+    def mean(name: str, bits: int) -> float | None:
+        values = [value for text in texts for value in runs[name][1].get((text, bits), {}).get("kl", [])]
+        return sum(values) / len(values) if values else None
+
+    widths = sorted({bits for _, bits in runs["gptq"][1]}, reverse=True)
+    rows = []
+    for name in (name for name in QUALITY_ORDER if name in runs and name != "gptq"):
+        pairs = [(mean(name, bits), mean("gptq", bits)) for bits in widths]
+        rows.append([runs[name][0], *("" if ours is None or theirs is None else f"{ours / theirs:.2f}" for ours, theirs in pairs)])
+    return markdown(["", *map(str, widths)], rows)
+
+
+def _kl(value: float) -> str:
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _bits(value: float) -> str:
+    return f"{value:.3f}"
+
+
+MEASURES: list[tuple[str, str, Callable[[float], str]]] = [
+    ("KL to the original, nats a token", "kl", _kl),
+    ("perplexity", "perplexity", _perplexity),
+    ("top-1 agreement with the original", "top1", _share),
+]
 
 
 def _counts(shape: list[int]) -> str:
@@ -114,9 +205,12 @@ def render(name: str) -> str:
     kind, _, rest = name.partition(" ")
     if kind == "flags":
         return flags(rest)
-    if kind == "quality":
-        return quality(rest)
+    if kind in PARTS:
+        return PARTS[kind](rest)
     return {"exit codes": exit_codes, "results": results}[name]()
+
+
+PARTS = {"quality": quality, "ablation": ablation, "favor": favor}
 
 
 def regenerate(text: str) -> str:
