@@ -34,6 +34,12 @@ class Call:
         result = block(*self.args, hidden_states=hidden, **self.kwargs) if self.named else block(hidden, *self.args, **self.kwargs)
         return result[0] if isinstance(result, tuple) else result
 
+    def with_weights(self, block: nn.Module, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """The block's output with some of its parameters replaced, so that gradients reach these."""
+        args, kwargs = (self.args, {**self.kwargs, "hidden_states": hidden}) if self.named else ((hidden, *self.args), self.kwargs)
+        result = torch.func.functional_call(block, dict(weights), args, kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
 
 class _Stop(Exception):
     """Raised inside a forward pass once all that was wanted has been seen."""
@@ -76,7 +82,16 @@ def record(
     finally:
         for block in blocks:
             del block.forward  # uncovers the class's own
-    return calls, torch.cat(hidden)
+    return [Call(_own(call.args), _own(call.kwargs), call.named) for call in calls], torch.cat(hidden)
+
+
+def _own(value: Any) -> Any:
+    """The same value with tensors copied: those made in inference mode can take part in no training."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _own(part) for key, part in value.items()}
+    return type(value)(_own(part) for part in value) if type(value) in (tuple, list) else value
 
 
 def _run_until_stop(model: nn.Module, ids: Tensor) -> None:

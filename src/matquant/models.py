@@ -297,6 +297,11 @@ def get_weight(module: nn.Module) -> Tensor:
     return (weight.T if isinstance(module, Conv1D) else weight).contiguous().clone()
 
 
+def as_rows(module: nn.Module, weight: Tensor) -> Tensor:
+    """The inverse of `held_as` as to layout: [out, in]."""
+    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+
+
 def held_as(module: nn.Module, weight: Tensor) -> Tensor:
     """A dense [out, in] weight as the layer would hold it: its layout, dtype and device."""
     return (weight.T if isinstance(module, Conv1D) else weight).to(module.weight).contiguous()
