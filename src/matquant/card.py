@@ -59,7 +59,7 @@ def _quality(report: Report, plot: str | None) -> list[str]:
         return ["## Quality", "Not measured. `matquant eval DIR --reference MODEL` does it."]
     image = [f"![KL and perplexity against bits per weight]({plot})"] if plot else []
     words = [
-        "Bits per weight count scales and offsets: of the quantized weights, then of the whole model. "
+        "Bits per weight count scales and zeros: of the quantized weights, then of the whole model. "
         "*To fetch* is every file that a reader of that width needs."
     ]
     if any(row.kl is not None for row in report.rows):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from matquant.codes import CodeChooser
 from matquant.models import Layers, Source, own_tensors
-from matquant.plan import SCALE_BITS
 from matquant.recipe import Recipe
 
 TOUCHES_PER_CANDIDATE = 8  # elementwise passes over [rows, candidates] in CodeChooser.choose, and about as many for the feedback
@@ -41,10 +40,8 @@ def estimate_cost(source: Source, layers: Layers, recipe: Recipe) -> Estimate:
     layout, shapes = recipe.layout, layers.quantized
     weights = sum(shape.weights for shape in shapes.values())
     read = {bits: sum(layout.read_bits(shape, bits) for shape in shapes.values()) for bits in layout.widths}
-    groups = sum(shape.out * layout.grid.groups(shape.in_features) for shape in shapes.values())
-    affine = 1 + (not layout.grid.symmetric) + 2 * len(layout.refit_widths)
     rest = sum(t.numel() * _stored_size(source, t) for name, t in own_tensors(source.model).items() if name.removesuffix(".weight") not in shapes)
-    stored = weights * layout.grid.bits // 8 + groups * affine * SCALE_BITS[layout.scale_dtype] // 8
+    stored = sum(layout.stored_bits(shape) for shape in shapes.values()) // 8
     return Estimate(
         source.name,
         len(shapes),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "matquant"
-_OURS = r"\.(plane|scale|offset)_[2-8]$"  # buffers of NestedLinear whose names on disk have a dot
+_OURS = r"\.(plane|scale|zero)_[2-8]$"  # buffers of NestedLinear whose names on disk have a dot
 
 
 class MatquantConfig(QuantizationConfigMixin):
@@ -121,7 +121,7 @@ class MatquantHfQuantizer(HfQuantizer):
         """Names on disk <-> names of buffers; transformers applies the reverse when saving."""
         from transformers.core_model_loading import WeightRenaming
 
-        return [WeightRenaming(rf"\.{kind}\.\1", rf"\.{kind}_([2-8])") for kind in ("plane", "scale", "offset")]
+        return [WeightRenaming(rf"\.{kind}\.\1", rf"\.{kind}_([2-8])") for kind in ("plane", "scale", "zero")]
 
     # --- while loading --------------------------------------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ def _refuse_tied(model: "PreTrainedModel", quantized: Iterable[str]) -> None:
 def check_values(path: str, layer: NestedLinear) -> None:
     """Raise CheckpointError unless every tensor of a loaded layer has its dtype and values that the format allows."""
     for name, buffer in layer.named_buffers():
-        kind = getattr(torch, layer.layout.scale_dtype) if name in layer.affine_names else torch.uint8
+        kind = getattr(torch, layer.layout.scale_dtype) if name == "scale" else torch.uint8
         if buffer.dtype != kind:
             raise CheckpointError(f"{path}.{name} was loaded as {buffer.dtype}, not {kind}; get the checkpoint again")
         problem = None if buffer.is_meta else value_problem(name.replace("_", "."), buffer, layer.in_features, layer.layout)

@@ -3,8 +3,9 @@
 Buffer               dtype         shape               on disk
 weight               uint8         [2, out, bytes]     NAME.weight: planes 0 and 1
 plane_2 ... plane_7  uint8         [out, bytes]        NAME.plane.2 ...
-scale, zero          scale_dtype   [out, groups]       NAME.scale, NAME.zero (asymmetric grids only)
-scale_R, offset_R    scale_dtype   [out, groups]       NAME.scale.R, NAME.offset.R: the refit of width R
+scale                scale_dtype   [out, groups]       NAME.scale
+zero                 uint8         [out, groups]       NAME.zero (asymmetric grids only)
+scale_R, zero_R      uint8         [out, groups]       NAME.scale.R, NAME.zero.R: the refit of width R
 
 bytes = ceil(in / 8). The buffers differ from the names on disk only in `_` for `.`, because a module cannot have both a tensor
 `scale` and something below it called `scale.2`; matquant.hf renames in both directions.
@@ -54,14 +55,15 @@ class NestedLinear(nn.Module):
         self.refits = tuple(r for r in layout.refit_widths if self._needs(r) <= self.planes)
         self._bits = max(r for r in layout.widths if self._needs(r) <= self.planes)
         # The dtypes are explicit because loaders build modules under their own default dtype.
-        of_codes = {"dtype": torch.uint8, "device": device}
-        of_scales = {"dtype": getattr(torch, layout.scale_dtype), "device": device}
+        of_bytes = {"dtype": torch.uint8, "device": device}
         row, groups = -(-shape.in_features // 8), layout.grid.groups(shape.in_features)
-        self.register_buffer("weight", torch.empty(2, shape.out, row, **of_codes))
+        self.register_buffer("weight", torch.empty(2, shape.out, row, **of_bytes))
         for k in range(2, self.planes):
-            self.register_buffer(f"plane_{k}", torch.empty(shape.out, row, **of_codes))
-        for name in self.affine_names:
-            self.register_buffer(name, torch.empty(shape.out, groups, **of_scales))
+            self.register_buffer(f"plane_{k}", torch.empty(shape.out, row, **of_bytes))
+        self.register_buffer("scale", torch.empty(shape.out, groups, dtype=getattr(torch, layout.scale_dtype), device=device))
+        zeros = () if layout.grid.symmetric else ("zero",)
+        for name in (*zeros, *(f"{kind}_{r}" for r in self.refits for kind in ("scale", "zero"))):
+            self.register_buffer(name, torch.empty(shape.out, groups, **of_bytes))
         self.bias = bias
 
     @staticmethod
@@ -74,16 +76,10 @@ class NestedLinear(nn.Module):
         tensors = {"weight": planes[:2], "scale": weight.scale, "zero": weight.zero}
         tensors |= {f"plane_{k}": planes[k] for k in range(2, weight.planes)}
         for r in layer.refits:
-            tensors |= {f"scale_{r}": weight.refits[r].scale, f"offset_{r}": weight.refits[r].offset}
+            tensors |= {f"scale_{r}": weight.refits[r].scale, f"zero_{r}": weight.refits[r].zero}
         for name, buffer in layer.named_buffers():
             buffer.copy_(tensors[name])  # type: ignore[arg-type]
         return layer
-
-    @property
-    def affine_names(self) -> tuple[str, ...]:
-        """Names of the buffers that hold scales, zeros and offsets."""
-        zero = () if self.layout.grid.symmetric else ("zero",)
-        return ("scale", *zero, *(f"{kind}_{r}" for r in self.refits for kind in ("scale", "offset")))
 
     def _needs(self, bits: int) -> int:
         return planes_needed(bits, self.layout.grid.bits, self.layout.slicing)
@@ -118,7 +114,7 @@ class NestedLinear(nn.Module):
         held = self.planes if planes is None else planes
         stack = torch.cat([self.weight, *(self.get_buffer(f"plane_{k}")[None] for k in range(2, held))])
         codes = unpack_planes(stack, self.in_features, self.layout.grid.bits)
-        refits = {r: Refit(self.get_buffer(f"scale_{r}"), self.get_buffer(f"offset_{r}")) for r in self.refits}
+        refits = {r: Refit(self.get_buffer(f"scale_{r}"), self.get_buffer(f"zero_{r}")) for r in self.refits}
         zero = None if self.layout.grid.symmetric else self.get_buffer("zero")
         return NestedWeight(codes, self.get_buffer("scale"), zero, self.layout.grid, self.layout.slicing, refits, held)
 
@@ -133,18 +129,16 @@ class NestedLinear(nn.Module):
         return reference.linear(x, self.weight_at(self._bits), self.bias)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Move devices but keep the dtype of scales: model.to(torch.bfloat16) would round them and so move every weight.
+        """Move devices but keep the dtype of the scales: model.to(torch.bfloat16) would round them and so move every weight.
 
         nn.Module casts floating tensors only, so scales travel as integers of the same size.
         """
-        kinds = {name: self.get_buffer(name).dtype for name in self.affine_names}
-        for name, kind in kinds.items():
-            self._buffers[name] = self.get_buffer(name).view(_BITS_OF[kind])
+        kind = self.get_buffer("scale").dtype
+        self._buffers["scale"] = self.get_buffer("scale").view(_BITS_OF[kind])
         try:
             super()._apply(fn, recurse)
         finally:
-            for name, kind in kinds.items():
-                self._buffers[name] = self.get_buffer(name).view(kind)
+            self._buffers["scale"] = self.get_buffer("scale").view(kind)
         return self
 
     def extra_repr(self) -> str:

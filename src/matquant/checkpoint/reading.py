@@ -221,7 +221,7 @@ def nested_weight(value: Callable[[str], Tensor], layout: Layout, in_features: i
         zero=None if grid.symmetric else value("zero"),
         grid=grid,
         slicing=layout.slicing,
-        refits={r: Refit(value(f"scale.{r}"), value(f"offset.{r}")) for r in refits},
+        refits={r: Refit(value(f"scale.{r}"), value(f"zero.{r}")) for r in refits},
         planes=planes,
     )
 
