@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from matquant import checkpoint
-from matquant.codes import fit_grid, nearest_code, slice_codes, snap
+from matquant.codes import fit_grid, nearest_code, slice_codes, snap_refit
 from matquant.plan import Layout, Shape
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight, Refit
@@ -17,13 +17,13 @@ from matquant.weight import NestedWeight, Refit
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
-def refit(grouped: Tensor, p: Tensor, dtype: torch.dtype) -> Refit:
-    """Least squares of w ~ scale p + offset for every group ([out, groups, size] both); the scale is kept positive."""
+def refit(grouped: Tensor, p: Tensor, parent: Tensor, bits: int, layout: Layout) -> Refit:
+    """Least squares of w ~ scale p + offset for every group ([out, groups, size] both), in the two bytes that are stored."""
     mean_p, mean_w = p.mean(-1, keepdim=True), grouped.mean(-1, keepdim=True)
     spread = ((p - mean_p) ** 2).sum(-1)
-    slope = ((p - mean_p) * (grouped - mean_w)).sum(-1) / spread.clamp(min=1e-12)
-    scale = snap(slope.abs().clamp(min=1e-4), dtype)
-    return Refit(scale.to(dtype), (mean_w[..., 0] - scale * mean_p[..., 0]).to(dtype))
+    scale = ((p - mean_p) * (grouped - mean_w)).sum(-1) / spread.clamp(min=1e-12)
+    offset = mean_w[..., 0] - scale * mean_p[..., 0]
+    return Refit(*snap_refit(scale, offset, parent, bits, layout.grid, layout.slicing))
 
 
 def round_to_nearest(weight: Tensor, layout: Layout) -> NestedWeight:
@@ -37,8 +37,8 @@ def round_to_nearest(weight: Tensor, layout: Layout) -> NestedWeight:
     refits = {}
     for r in layout.refit_widths:
         p = slice_codes(codes, r, layout.grid, layout.slicing).reshape(grouped.shape).float()
-        refits[r] = refit(grouped, p, dtype)
-    zeros = None if zero is None else zero.to(dtype)
+        refits[r] = refit(grouped, p, scale, r, layout)
+    zeros = None if zero is None else zero.to(torch.uint8)
     return NestedWeight(codes, scale.to(dtype), zeros, layout.grid, layout.slicing, refits, layout.grid.bits)
 
 

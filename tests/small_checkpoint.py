@@ -26,16 +26,16 @@ def nested(shape: Shape, recipe: Recipe, seed: int) -> NestedWeight:
     grid = layout.grid
     affine = (shape.out, grid.groups(shape.in_features))
 
-    def positive() -> Tensor:
-        return (torch.rand(affine, generator=chance) + 0.01).to(dtype)
+    def bytes_from(low: int, high: int = 255) -> Tensor:
+        return torch.randint(low, high + 1, affine, generator=chance, dtype=torch.uint8)
 
     return NestedWeight(
         codes=torch.randint(0, grid.max_code + 1, (shape.out, shape.in_features), generator=chance, dtype=torch.uint8),
-        scale=positive(),
-        zero=None if grid.symmetric else torch.randint(0, grid.max_code + 1, affine, generator=chance).to(dtype),
+        scale=(torch.rand(affine, generator=chance) + 0.01).to(dtype),
+        zero=None if grid.symmetric else bytes_from(0, grid.max_code),
         grid=grid,
         slicing=layout.slicing,
-        refits={r: Refit(positive(), torch.randn(affine, generator=chance).to(dtype)) for r in layout.refit_widths},
+        refits={r: Refit(bytes_from(1), bytes_from(0)) for r in layout.refit_widths},
         planes=grid.bits,
     )
 

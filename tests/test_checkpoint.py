@@ -43,11 +43,11 @@ def hand_planes_needed(r: int, c: int, slicing: str) -> int:
 
 
 def hand_read(module: dict[str, Any], r: int, config: dict[str, Any]) -> np.ndarray:
-    """Section 5 of the spec, one weight at a time, in float64."""
+    """Section 5 of the spec: (p, scale_r, offset_r) of one weight at a time. float64 holds every product, so that each rounds once."""
     c, slicing, q = config["parent_bits"], config["slicing"], module["q"]
     d, (out, columns) = c - r, q.shape
     size = columns if config["group_size"] == -1 else config["group_size"]
-    w = np.zeros((out, columns))
+    reads = np.zeros((out, columns, 3), np.float32)
     for o in range(out):
         for n in range(columns):
             code, group = int(q[o, n]), n // size
@@ -63,25 +63,27 @@ def hand_read(module: dict[str, Any], r: int, config: dict[str, Any]) -> np.ndar
                 p = (code >> d) + bit
                 p = min(p, 2**r - 1) if slicing == "round" else p
             if r in config["refit_widths"]:
-                w[o, n] = float(module[f"scale.{r}"][o, group]) * p + float(module[f"offset.{r}"][o, group])
+                m, u, mid = int(module[f"scale.{r}"][o, group]) / 128, int(module[f"zero.{r}"][o, group]), (2**c - 1) / 2
+                scale, offset = s * (m * step), s * (m * (shift - mid) + mid - u * 2.0 ** (c - 8))
             else:
-                w[o, n] = s * (step * p + shift - z)
-    return w
+                scale, offset = s * step, s * (shift - z)
+            reads[o, n] = p, scale, offset
+    return reads
 
 
 def hand_build(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str, dict[str, Any]]:
     """Section 2 to 7 of the spec. Returns the modules' codes and numbers."""
-    chance, c = np.random.default_rng(0), config["parent_bits"]
+    chance, c, scale_dtype = np.random.default_rng(0), config["parent_bits"], config["scale_dtype"]
     modules: dict[str, dict[str, Any]] = {}
     families: dict[str, dict[str, np.ndarray]] = {"base": {"model.norm.weight": np.ones(3, np.float32)}}
     for name, (out, columns) in shapes.items():
         size = columns if config["group_size"] == -1 else config["group_size"]
         affine = (out, columns // size)
-        module: dict[str, Any] = {"q": chance.integers(0, 2**c, (out, columns)), "scale": (chance.random(affine) + 0.1).astype(np.float16)}
+        module: dict[str, Any] = {"q": chance.integers(0, 2**c, (out, columns)), "scale": (chance.random(affine) + 0.1).astype(scale_dtype)}
         if not config["symmetric"]:
-            module["zero"] = chance.integers(0, 2**c, affine).astype(np.float16)
+            module["zero"] = chance.integers(0, 2**c, affine, np.uint8)
         for r in config["refit_widths"]:
-            module |= {f"scale.{r}": (chance.random(affine) + 0.1).astype(np.float16), f"offset.{r}": chance.normal(size=affine).astype(np.float16)}
+            module |= {f"scale.{r}": chance.integers(1, 256, affine, np.uint8), f"zero.{r}": chance.integers(0, 256, affine, np.uint8)}
         modules[name] = module
         planes = hand_planes(module["q"], c)
         families["base"][f"{name}.weight"] = planes[:2]
@@ -97,7 +99,7 @@ def hand_build(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int
         save_numpy(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    section = config | {"quant_method": "matquant", "format_version": 1, "scale_dtype": "float16", "bits": config["widths"][0]}
+    section = config | {"quant_method": "matquant", "format_version": 1, "bits": config["widths"][0]}
     section["modules"] = {name: columns for name, (_, columns) in shapes.items()}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": section}))
     files = {}
@@ -112,24 +114,29 @@ def hand_build(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int
 # --- and opened by matquant -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [4, -1])
 @pytest.mark.parametrize(
     ("c", "slicing", "overlap", "refits"),
     [(8, "floor", False, [3, 2]), (8, "floor", True, [8, 2]), (8, "round", False, [4, 2]), (8, "round-overflow", False, []), (4, "round", False, [4, 3]), (2, "floor", False, [2])],
 )  # fmt: skip
-def test_a_checkpoint_built_from_the_specification_reads_right(tmp_path, c, slicing, overlap, refits, group_size, symmetric) -> None:
+def test_a_checkpoint_built_from_the_specification_reads_right(tmp_path, c, slicing, overlap, refits, group_size, symmetric, scale_dtype) -> None:
+    """Codes, scales and offsets to the bit."""
     config = dict(parent_bits=c, slicing=slicing, overlap=overlap, group_size=group_size, symmetric=symmetric,
-                  widths=list(range(c, 1, -1)), refit_widths=refits)  # fmt: skip
+                  scale_dtype=scale_dtype, widths=list(range(c, 1, -1)), refit_widths=refits)  # fmt: skip
     modules = hand_build(tmp_path / "hand", config, {"a.q_proj": (3, 12), "a.down": (2, 8)})
     checkpoint = Checkpoint.open(tmp_path / "hand")
     assert checkpoint.widths == tuple(config["widths"]) and checkpoint.planes == c and list(checkpoint.base) == ["model.norm.weight"]
     for name, module in modules.items():
         assert torch.equal(checkpoint.read(name).codes, torch.from_numpy(module["q"]).to(torch.uint8))
         for r in config["widths"]:
-            want = torch.from_numpy(hand_read(module, r, config))
-            for weight in (checkpoint.read(name, r), checkpoint.read(name)):
-                torch.testing.assert_close(weight.read(r).dense().double(), want, rtol=1e-6, atol=1e-5)
+            codes, scale, offset = torch.from_numpy(hand_read(module, r, config)).unbind(-1)
+            for read in (checkpoint.read(name, r).read(r), checkpoint.read(name).read(r)):
+                size = codes.shape[1] // read.scale.shape[1]
+                assert torch.equal(read.codes.float(), codes)
+                assert torch.equal(read.scale.repeat_interleave(size, 1), scale) and torch.equal(read.offset.repeat_interleave(size, 1), offset)
+                torch.testing.assert_close(read.dense(), scale * codes + offset, rtol=1e-6, atol=1e-5)
     assert verify(tmp_path / "hand") == []
 
 
@@ -463,13 +470,15 @@ def test_a_disk_that_is_really_full(tmp_path: Path, kib: int) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_values_that_the_storage_dtype_cannot_hold_are_refused() -> None:
-    weight = nested(Shape(2, 8), RECIPE, 0)
-    refit = dataclasses.replace(weight.refits[2], offset=torch.full((2, 2), 1e6))
-    with pytest.raises(CheckpointError, match=r"m.offset.2 in float16 is not finite everywhere; store scales as float32"):
-        module_tensors("m", dataclasses.replace(weight, refits={2: refit}))
-    refit = dataclasses.replace(weight.refits[2], scale=torch.full((2, 2), 1e-9))
-    with pytest.raises(CheckpointError, match=r"m.scale.2 in float16 is not positive"):
+def test_values_that_no_checkpoint_may_hold_are_refused() -> None:
+    weight = nested(Shape(2, 8), Recipe(group_size=4, parent_bits=3, bits=(3, 2), targets={3: 1}), 0)
+    for value, words in ((1e6, "finite"), (1e-9, "positive")):
+        with pytest.raises(CheckpointError, match=rf"m.scale in float16 is not {words} everywhere; store scales as float32"):
+            module_tensors("m", dataclasses.replace(weight, scale=torch.full((2, 2), value).half()))
+    with pytest.raises(CheckpointError, match=r"m.zero in uint8 exceeds 7, the largest code; choose another method"):
+        module_tensors("m", dataclasses.replace(weight, zero=torch.full((2, 2), 8, dtype=torch.uint8)))
+    refit = dataclasses.replace(weight.refits[2], scale=torch.zeros(2, 2, dtype=torch.uint8))
+    with pytest.raises(CheckpointError, match=r"m.scale.2 in uint8 is not positive"):
         module_tensors("m", dataclasses.replace(weight, refits={2: refit}))
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from building import build_checkpoint
+from grids import make_grid
 from torch import Tensor
 
 from matquant import evaluate as ev
 from matquant import hf
 from matquant.checkpoint import Checkpoint
-from matquant.codes import Grid
 from matquant.errors import InputError, MissingPlanesError, PlanError
 from matquant.evaluate import ORIGINAL, Protocol, Quality, Sizes, evaluate, logits_of, measure, windows
 from matquant.plan import BitPlan, Layout, Shape
@@ -201,14 +201,14 @@ def test_another_vocabulary_is_refused() -> None:
 
 def test_sizes_by_hand() -> None:
     shapes = {"q": Shape(64, 128), "down": Shape(128, 64)}
-    layout = Layout(Grid(8, 64), "floor", (8, 4, 2), (2,), "float16")
+    layout = Layout(make_grid(8, 64), "floor", (8, 4, 2), (2,), "float16")
     sizes = Sizes(shapes, layout, other_weights=1000, other_bytes=2000, original_bits=16)
     quality = Quality("4", 9.0, 0.1, 0.5, 0.9)
     row = sizes.row(quality, BitPlan(4), 777)
     assert (row.label, row.bits, row.file_bytes, row.perplexity, row.kl, row.kl_p999, row.top1) == ("4", 4, 777, 9.0, 0.1, 0.5, 0.9)
     assert row.bits_per_weight == 4 + 16 / 64
     assert row.bits_per_weight_model == ((4 + 16 / 64) * 16384 + 16000) / 17384
-    assert sizes.row(quality, BitPlan(2), 1).bits_per_weight == 2 + 32 / 64  # a refit's offset counts
+    assert sizes.row(quality, BitPlan(2), 1).bits_per_weight == 2 + 32 / 64  # a refit's two bytes count
     mixed = sizes.row(quality, BitPlan(4, {"q": 8}), 1)
     assert mixed.bits is None and mixed.bits_per_weight == 6 + 16 / 64
     assert sizes.row(quality, BitPlan(4, {"q": 2, "down": 2}), 1).bits == 2
@@ -255,7 +255,7 @@ def test_evaluate_one_load_all_widths_and_plans(made: Path, tiny: Callable[[str]
     assert rows[0].kl < rows[1].kl < rows[2].kl  # type: ignore[operator]
     checkpoint = Checkpoint.open(made)
     assert [row.file_bytes for row in rows] == [checkpoint.bytes_for(bits) for bits in (8, 4, 2, 6)]
-    assert rows[0].bits_per_weight == 8 + 32 / 32 and rows[1].bits_per_weight == 4 + 32 / 32
+    assert rows[0].bits_per_weight == 8 + 24 / 32 and rows[1].bits_per_weight == 4 + 32 / 32
     assert rows[0].bits_per_weight < rows[0].bits_per_weight_model < 32
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from grids import make_grid
 from torch import Tensor
 
 from matquant import methods
-from matquant.codes import CodeChooser, Grid, fit_grid, levels, read_rule, slice_codes
+from matquant.codes import CodeChooser, fit_grid, levels, read_rule, slice_codes
 from matquant.methods.gptq import choose_codes, factor
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight
@@ -227,7 +228,7 @@ def test_a_hopeless_hessian_is_rounding_to_nearest() -> None:
 
 def test_choose_codes_keeps_the_scales_it_was_given() -> None:
     w, h = problem()
-    scale, _ = fit_grid(w.reshape(12, 4, 8), Grid(8, 8), torch.float32)
+    scale, _ = fit_grid(w.reshape(12, 4, 8), make_grid(8, 8), torch.float32)
     codes, kept, zero = choose_codes(w, factor(h, 0.01, True), scale, None, replace(PLAIN, act_order=True))
     assert torch.equal(kept, scale) and zero is None and codes.shape == w.shape
     NestedWeight(codes, kept, zero, PLAIN.grid, "floor")

@@ -288,7 +288,7 @@ def test_device_maps_and_dtypes_keep_scales(build: Build, device_map: object, dt
     model = matquant.from_pretrained(folder, device_map=device_map, dtype=dtype)
     layer = model.get_submodule(DOWN)
     assert layer.scale.dtype == torch.float32 and torch.equal(layer.scale, weights[DOWN].scale)
-    assert torch.equal(layer.offset_2, weights[DOWN].refits[2].offset) and layer.weight.dtype == torch.uint8
+    assert torch.equal(layer.zero_2, weights[DOWN].refits[2].zero) and layer.weight.dtype == torch.uint8
     model.to(torch.float16)
     assert layer.scale.dtype == torch.float32 and torch.equal(layer.scale, weights[DOWN].scale)
     assert model.dtype == torch.float16
@@ -403,7 +403,7 @@ def test_a_tensor_that_was_cast_is_refused() -> None:
         hf.check_values("down_proj", layer)
 
 
-@pytest.mark.parametrize("suffix", ["weight", "scale", "scale.2", "offset.2"])
+@pytest.mark.parametrize("suffix", ["weight", "scale", "scale.2", "zero.2"])
 def test_a_missing_quantized_tensor_is_refused(copied: Callable[..., Path], suffix: str) -> None:
     """Trap 3: transformers leaves uninitialised memory and logs a line."""
     folder = copied()

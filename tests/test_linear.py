@@ -145,14 +145,14 @@ def test_modules_are_built_with_their_own_dtypes_whatever_the_default() -> None:
         layer = NestedLinear(Shape(12, 60), recipe().layout)
     finally:
         torch.set_default_dtype(default)
-    assert layer.scale.dtype == torch.float16 and layer.offset_2.dtype == torch.float16
+    assert layer.scale.dtype == torch.float16 and layer.scale_2.dtype == layer.zero_2.dtype == torch.uint8
 
 
 def test_state_dict_and_copy() -> None:
     layer = layer_of(recipe(symmetric=False).layout)
     assert list(layer.state_dict()) == [
         *("bias", "weight", "plane_2", "plane_3", "plane_4", "plane_5", "plane_6", "plane_7"),
-        *("scale", "zero", "scale_4", "offset_4", "scale_3", "offset_3", "scale_2", "offset_2"),
+        *("scale", "zero", "scale_4", "zero_4", "scale_3", "zero_3", "scale_2", "zero_2"),
     ]
     layer.set_bits(3)
     other = copy.deepcopy(layer)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from grids import make_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from matquant.codes import SLICINGS, Grid, Slicing, planes_needed, slice_codes
+from matquant.codes import SLICINGS, Slicing, planes_needed, slice_codes
 from matquant.packing import pack_planes, unpack_planes
 
 relaxed = settings(deadline=None, max_examples=80)
@@ -66,7 +67,7 @@ def test_missing_planes_read_as_zero_bits(shape: tuple[int, int, int], data: st.
 def test_a_slice_needs_its_planes_and_no_more(slicing: Slicing, parent: int, data: st.DataObject) -> None:
     """floor r planes, round r + 1: the rest may be anything."""
     bits = data.draw(st.integers(2, parent))
-    grid = Grid(parent)
+    grid = make_grid(parent)
     need = planes_needed(bits, parent, slicing)
     planes = pack_planes(random_codes(3, 21, parent), parent)
     noisy = planes.clone()

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from grids import make_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matquant.codes import Grid, Slicing
+from matquant.codes import Slicing
 from matquant.errors import MatquantError, PlanError
 from matquant.plan import BitPlan, Layout, Shape
 
@@ -16,7 +17,7 @@ relaxed = settings(deadline=None, max_examples=150)
 
 
 def layout(slicing: Slicing = "floor", symmetric: bool = True, refits: tuple[int, ...] = (), dtype: str = "float16", group: int = 64) -> Layout:
-    return Layout(Grid(8, group, symmetric), slicing, (8, 6, 4, 3, 2), refits, dtype)
+    return Layout(make_grid(8, group, symmetric), slicing, (8, 6, 4, 3, 2), refits, dtype)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -29,10 +30,12 @@ def layout(slicing: Slicing = "floor", symmetric: bool = True, refits: tuple[int
         (layout(), 3, 3 + 16 / 64),
         (layout(group=-1), 4, 4 + 16 / 128),
         (layout(dtype="float32"), 4, 4 + 32 / 64),
-        (layout(symmetric=False), 4, 4 + 32 / 64),  # a zero for every scale
+        (layout(symmetric=False), 4, 4 + 24 / 64),  # a byte of zero for every scale
+        (layout(symmetric=False, dtype="float32"), 4, 4 + 40 / 64),
         (layout(refits=(3, 2)), 4, 4 + 16 / 64),
-        (layout(refits=(3, 2)), 3, 3 + 32 / 64),  # a scale and an offset
-        (layout(symmetric=False, refits=(3, 2)), 3, 3 + 32 / 64),  # the refit replaces scale and zero
+        (layout(refits=(3, 2)), 3, 3 + 32 / 64),  # the scale and the two bytes of the refit
+        (layout(refits=(3, 2), dtype="float32"), 3, 3 + 48 / 64),
+        (layout(symmetric=False, refits=(3, 2)), 3, 3 + 32 / 64),  # the refit replaces the zero
         (layout("round"), 4, 4 + 16 / 64),
         (layout("round-overflow"), 4, 5 + 16 / 64),  # codes up to 16
         (layout("round-overflow"), 8, 8 + 16 / 64),
@@ -42,6 +45,13 @@ def test_bits_per_weight_count_the_metadata(held: Layout, bits: int, wanted: flo
     shape = SHAPES["a.q"]
     assert held.read_bits(shape, bits) == wanted * shape.weights
     assert BitPlan(bits).mean_bits({"a.q": shape}, held) == wanted
+
+
+def test_what_is_stored_counts_whole_bytes_every_refit_and_the_zero() -> None:
+    """20 input channels take 3 bytes of each of the 8 planes; 5 groups of 4 hold a scale, a zero and 3 refits of 2 bytes."""
+    held = layout(symmetric=False, refits=(4, 3, 2), group=4)
+    assert held.stored_bits(Shape(7, 20)) == 7 * (8 * 3 * 8 + 5 * (16 + 8 + 3 * 16))
+    assert layout(dtype="float32", group=-1).stored_bits(Shape(7, 16)) == 7 * (8 * 16 + 32)
 
 
 def test_a_mixed_plan_is_the_mean_over_weights() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from grids import make_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matquant.codes import Grid
 from matquant.errors import MatquantError, RecipeError
 from matquant.recipe import Recipe
 
@@ -49,7 +49,7 @@ def test_differences_names_what_differs() -> None:
 
 
 def test_grid_and_layout() -> None:
-    assert OTHER.grid == Grid(4, -1, symmetric=True)
+    assert OTHER.grid == make_grid(4, -1, symmetric=True)
     assert OTHER.bits == (4, 2) and list(OTHER.targets) == [4, 2]
     layout = Recipe().layout
     assert layout.widths == (8, 6, 4, 3, 2) and layout.refit_widths == (4, 3, 2) and layout.scale_dtype == "float16"

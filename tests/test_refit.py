@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from grids import make_grid
 from torch import Tensor
 
 from matquant import methods
@@ -118,7 +119,7 @@ def slow_cost(w: np.ndarray, h: np.ndarray, scale: float, zero: float, targets: 
 def test_clip_search_takes_the_cheapest_range_of_each_group(symmetric: bool, slicing: str) -> None:
     w, h = problem(out=3, columns=16, seed=4)
     w = w**3 * 50  # long tails: worth clipping
-    grid, targets, power = Grid(8, 8, symmetric), {8: 0.01, 3: 2.0, 2: 1.0}, torch.diagonal(h)
+    grid, targets, power = make_grid(8, 8, symmetric), {8: 0.01, 3: 2.0, 2: 1.0}, torch.diagonal(h)
     scale, zero = search_grid(w, power, targets, grid, slicing, torch.float32)
     for row in range(3):
         for g in range(2):
@@ -137,7 +138,7 @@ def test_clip_search_takes_the_cheapest_range_of_each_group(symmetric: bool, sli
 
 def test_nearest_parent_code_is_the_joint_minimiser_while_nothing_was_fed_back() -> None:
     """The claim that lets the clip search do without a joint search."""
-    grid = Grid(8, -1)
+    grid = make_grid(8, -1)
     t = torch.linspace(-10, 265, 5000)
     for slicing in ("floor", "round"):
         costs = torch.zeros(5000, 256)
@@ -154,9 +155,9 @@ def test_nearest_parent_code_is_the_joint_minimiser_while_nothing_was_fed_back()
 def test_joint_cost_adds_up_over_targets() -> None:
     w, h = problem(out=4, columns=16)
     wg, hg = w.reshape(4, 2, 8), torch.diagonal(h).reshape(2, 8)
-    scale, _ = fit_grid(wg, Grid(8, 8), torch.float32)
-    one = [joint_cost(wg, hg, scale, None, {bits: lam}, Grid(8, 8), "floor") for bits, lam in ((8, 3.0), (2, 0.5))]
-    torch.testing.assert_close(joint_cost(wg, hg, scale, None, {8: 3.0, 2: 0.5}, Grid(8, 8), "floor"), one[0] + one[1])
+    scale, _ = fit_grid(wg, make_grid(8, 8), torch.float32)
+    one = [joint_cost(wg, hg, scale, None, {bits: lam}, make_grid(8, 8), "floor") for bits, lam in ((8, 3.0), (2, 0.5))]
+    torch.testing.assert_close(joint_cost(wg, hg, scale, None, {8: 3.0, 2: 0.5}, make_grid(8, 8), "floor"), one[0] + one[1])
 
 
 # --- minmax -------------------------------------------------------------------------------------------------------------

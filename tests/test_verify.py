@@ -25,7 +25,7 @@ from matquant.recipe import Recipe
 DOWN, Q = SHAPES
 BASE, PLANE3, PLANE7 = (f"model-{label}-00001-of-00001.safetensors" for label in ("base", "plane3", "plane7"))
 INDEX = "model.safetensors.index.json"
-ASYMMETRIC = Recipe(group_size=4, symmetric=False)
+NARROW = Recipe(group_size=4, parent_bits=3, bits=(3, 2), targets={3: 1})
 
 
 Damage = Callable[[Path], object]
@@ -108,7 +108,7 @@ STRUCTURE: dict[str, tuple[Damage, str]] = {
     "another recipe": (config(recipe={"seed": 1}), "recipe_hash is not the hash of recipe"),
     "no recipe but its hash": (dropped("recipe"), "recipe_hash is not the hash"),
     "other input channels": (config(modules={DOWN: 24, Q: 20}), r"q_proj.weight is U8 \[2, 6, 2\]; 20 input channels ask for U8 \[2, 6, 3\]"),
-    "refits not declared": (config(refit_widths=[4, 3]), "extra tensor '.*offset.2'"),
+    "refits not declared": (config(refit_widths=[4, 3]), "extra tensor '.*scale.2'"),
     "zeros declared": (config(symmetric=False), "zero' is missing"),
     "tensor missing": (tensors(PLANE3, lambda t: t.pop(f"{Q}.plane.3")), r"q_proj.plane.3' is missing from model-plane3"),
     "tensor missing, index too": (
@@ -135,7 +135,16 @@ STRUCTURE: dict[str, tuple[Damage, str]] = {
     "wrong shape of the weight": (tensors(BASE, resize(f"{Q}.weight", (12, 2), torch.uint8)), r"weight is U8 \[12, 2\]"),
     "empty weight": (tensors(BASE, resize(f"{Q}.weight", (2, 0, 2), torch.uint8)), r"weight is U8 \[2, 0, 2\]"),
     "wrong dtype of a scale": (tensors(BASE, resize(f"{Q}.scale", (6, 3), torch.float32)), r"scale is F32 \[6, 3\]; .* ask for F16"),
-    "wrong shape of a refit": (tensors(BASE, resize(f"{Q}.offset.2", (6, 1), torch.float16)), r"offset.2 is F16 \[6, 1\]"),
+    "wrong shape of a refit": (tensors(BASE, resize(f"{Q}.zero.2", (6, 1), torch.uint8)), r"zero.2 is U8 \[6, 1\]"),
+    "wrong dtype of a refit": (tensors(BASE, resize(f"{Q}.scale.2", (6, 3), torch.float16)), r"scale.2 is F16 \[6, 3\]; .* ask for U8 \[6, 3\]"),
+    "zeros as numbers with a point": (
+        both(
+            config(symmetric=False),
+            tensors(BASE, lambda t: t.update({f"{DOWN}.zero": torch.ones(5, 6).half(), f"{Q}.zero": torch.ones(6, 3).half()})),
+            index(lambda m: m.update({f"{DOWN}.zero": BASE, f"{Q}.zero": BASE})),
+        ),
+        r"zero is F16 \[5, 6\]; .* ask for U8 \[5, 6\]",
+    ),
     "base file missing": (lambda folder: (folder / BASE).unlink(), "model-base.* is missing, which holds"),
     "index outside the folder": (
         index(lambda m: m.update({"model.norm.weight": "../other.safetensors"})),
@@ -201,11 +210,8 @@ VALUES: dict[str, tuple[Recipe, Damage, str, int]] = {
     "scale zero": (RECIPE, tensors(BASE, put(f"{Q}.scale", 0)), "scale is not positive everywhere", 8),
     "scale negative": (RECIPE, tensors(BASE, put(f"{Q}.scale", -1)), "scale is not positive everywhere", 8),
     "refit scale zero": (RECIPE, tensors(BASE, put(f"{Q}.scale.2", 0)), "scale.2 is not positive everywhere", 2),
-    "refit scale NaN": (RECIPE, tensors(PLANE3, put(f"{Q}.scale.4", float("nan"))), "scale.4 is not finite everywhere", 4),
-    "refit offset infinite": (RECIPE, tensors(PLANE3, put(f"{Q}.offset.4", -float("inf"))), "offset.4 is not finite everywhere", 4),
-    "zero not whole": (ASYMMETRIC, tensors(BASE, put(f"{Q}.zero", 0.5)), "zero does not hold whole numbers from 0 to 255", 8),
-    "zero negative": (ASYMMETRIC, tensors(BASE, put(f"{Q}.zero", -1)), "zero does not hold whole numbers", 8),
-    "zero too large": (ASYMMETRIC, tensors(BASE, put(f"{Q}.zero", 256)), "zero does not hold whole numbers", 8),
+    "refit scale zero in a plane file": (RECIPE, tensors(PLANE3, put(f"{Q}.scale.4", 0)), "scale.4 is not positive everywhere", 4),
+    "zero too large": (NARROW, tensors(BASE, put(f"{Q}.zero", 8)), "zero exceeds 7, the largest code", 3),
     "padding in plane 1": (RECIPE, tensors(BASE, put(f"{Q}.weight", 0x10, (1, 5, 1))), "weight has padding bits that are not zero", 8),
     "padding in plane 7": (RECIPE, tensors(PLANE7, put(f"{Q}.plane.7", 0x80, (0, 1))), "plane.7 has padding bits that are not zero", 8),
 }

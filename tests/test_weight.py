@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from grids import make_grid
 from torch import Tensor
 
 from matquant.codes import SLICINGS, Grid, Slicing, levels, planes_needed
@@ -32,12 +33,12 @@ def read_slowly(weight: NestedWeight, bits: int) -> Tensor:
     return dense
 
 
-GRIDS = [Grid(8, GROUP), Grid(8, GROUP, symmetric=False), Grid(4, GROUP), Grid(5, -1, symmetric=False)]
+GRIDS = [make_grid(8, GROUP), make_grid(8, GROUP, symmetric=False), make_grid(4, GROUP), make_grid(5, -1, symmetric=False)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("slicing", SLICINGS)
-@pytest.mark.parametrize("grid", [*GRIDS, Grid(8, GROUP, overlap=True)], ids=repr)
+@pytest.mark.parametrize("grid", [*GRIDS, make_grid(8, GROUP, overlap=True)], ids=repr)
 def test_every_width_against_a_loop(grid: Grid, slicing: Slicing, dtype: torch.dtype) -> None:
     if grid.overlap:
         slicing = "floor"
@@ -57,8 +58,8 @@ def test_dense_rounds_once() -> None:
 def test_a_refit_replaces_the_read_of_its_width_only() -> None:
     """k = 192 is m = 1.5; at 3 bits step is 32 and shift 15.5, so that w = s (1.5 (32 p - 112) + 127.5 - 100) = s (48 p - 140.5)."""
     refit = Refit(torch.full((OUT, 2), 192, dtype=torch.uint8), torch.full((OUT, 2), 100, dtype=torch.uint8))
-    weight = nested(Grid(8, GROUP), "floor", refits={3: refit})
-    plain = nested(Grid(8, GROUP), "floor")
+    weight = nested(make_grid(8, GROUP), "floor", refits={3: refit})
+    plain = nested(make_grid(8, GROUP), "floor")
     scale = weight.scale.float().repeat_interleave(GROUP, 1)
     torch.testing.assert_close(weight.read(3).dense(), scale * (48 * (weight.codes >> 5).float() - 140.5), rtol=1e-6, atol=1e-4)
     assert weight.read(3).codes.equal(plain.read(3).codes)
@@ -67,7 +68,7 @@ def test_a_refit_replaces_the_read_of_its_width_only() -> None:
 
 @pytest.mark.parametrize("slicing", SLICINGS)
 def test_a_partial_weight_reads_what_its_planes_allow(slicing: Slicing) -> None:
-    full = nested(Grid(8, GROUP), slicing)
+    full = nested(make_grid(8, GROUP), slicing)
     for held in range(2, 9):
         codes = unpack_planes(pack_planes(full.codes, 8)[:held], IN, 8)
         partial = NestedWeight(codes, full.scale, None, full.grid, slicing, planes=held)
@@ -82,14 +83,14 @@ def test_a_partial_weight_reads_what_its_planes_allow(slicing: Slicing) -> None:
 
 def test_a_width_the_grid_lacks_is_refused() -> None:
     with pytest.raises(RecipeError, match="cannot read 6 bits from a 4-bit parent"):
-        nested(Grid(4, GROUP), "floor").read(6)
+        nested(make_grid(4, GROUP), "floor").read(6)
 
 
 def test_invariants() -> None:
     codes = torch.zeros(OUT, IN, dtype=torch.uint8)
     with pytest.raises(AssertionError, match=r"scale \(3, 1\), expected \(3, 2\)"):
-        NestedWeight(codes, torch.ones(OUT, 1), None, Grid(8, GROUP), "floor")
+        NestedWeight(codes, torch.ones(OUT, 1), None, make_grid(8, GROUP), "floor")
     with pytest.raises(AssertionError, match="zero is stored exactly when"):
-        NestedWeight(codes, torch.ones(OUT, 2), None, Grid(8, GROUP, symmetric=False), "floor")
+        NestedWeight(codes, torch.ones(OUT, 2), None, make_grid(8, GROUP, symmetric=False), "floor")
     with pytest.raises(RecipeError, match="group_size 5 does not divide"):
-        NestedWeight(codes, torch.ones(OUT, 2), None, Grid(8, 5), "floor")
+        NestedWeight(codes, torch.ones(OUT, 2), None, make_grid(8, 5), "floor")

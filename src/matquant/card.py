@@ -60,7 +60,7 @@ def _quality(report: Report, images: Collection[str]) -> list[str]:
         return ["## Quality", "Not measured. `matquant eval DIR --reference MODEL` does it."]
     image = [f"![{words}]({name})" for name, words in IMAGES.items() if name in images]
     words = [
-        "Bits per weight count scales and offsets: of the quantized weights, then of the whole model. "
+        "Bits per weight count scales and zeros: of the quantized weights, then of the whole model. "
         "*To fetch* is every file that a reader of that width needs."
     ]
     if any(row.kl is not None for row in report.rows):

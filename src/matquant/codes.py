@@ -54,13 +54,13 @@ class Grid:
     """The integer grid of one weight.
 
     bits: parent width c, 2..8. group_size: input channels that share a scale; -1 = the whole row.
-    symmetric: z = 2^(c-1), not stored. overlap: residual cells overlap (module docstring).
+    symmetric: z = 2^(c-1), not stored. overlap: residual cells overlap (module docstring). Defaults stand in recipe.py.
     """
 
-    bits: int = 8
-    group_size: int = 64
-    symmetric: bool = True
-    overlap: bool = False
+    bits: int
+    group_size: int
+    symmetric: bool
+    overlap: bool
 
     def __post_init__(self) -> None:
         if self.bits not in WIDTHS:

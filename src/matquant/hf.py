@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "matquant"
-_OURS = r"\.(plane|scale|offset)_[2-8]$"  # buffers of NestedLinear whose names on disk have a dot
+_OURS = r"\.(plane|scale|zero)_[2-8]$"  # buffers of NestedLinear whose names on disk have a dot
 
 
 class MatquantConfig(QuantizationConfigMixin):

@@ -55,18 +55,15 @@ class NestedLinear(nn.Module):
         self.refits = tuple(r for r in layout.refit_widths if self._needs(r) <= self.planes)
         self._bits = max(r for r in layout.widths if self._needs(r) <= self.planes)
         # The dtypes are explicit because loaders build modules under their own default dtype.
-        of_codes = {"dtype": torch.uint8, "device": device}
-        of_scales = {"dtype": getattr(torch, layout.scale_dtype), "device": device}
+        of_bytes = {"dtype": torch.uint8, "device": device}
         row, groups = -(-shape.in_features // 8), layout.grid.groups(shape.in_features)
-        self.register_buffer("weight", torch.empty(2, shape.out, row, **of_codes))
+        self.register_buffer("weight", torch.empty(2, shape.out, row, **of_bytes))
         for k in range(2, self.planes):
-            self.register_buffer(f"plane_{k}", torch.empty(shape.out, row, **of_codes))
-        self.register_buffer("scale", torch.empty(shape.out, groups, **of_scales))
-        if not layout.grid.symmetric:
-            self.register_buffer("zero", torch.empty(shape.out, groups, **of_codes))
-        for r in self.refits:
-            self.register_buffer(f"scale_{r}", torch.empty(shape.out, groups, **of_codes))
-            self.register_buffer(f"zero_{r}", torch.empty(shape.out, groups, **of_codes))
+            self.register_buffer(f"plane_{k}", torch.empty(shape.out, row, **of_bytes))
+        self.register_buffer("scale", torch.empty(shape.out, groups, dtype=getattr(torch, layout.scale_dtype), device=device))
+        zeros = () if layout.grid.symmetric else ("zero",)
+        for name in (*zeros, *(f"{kind}_{r}" for r in self.refits for kind in ("scale", "zero"))):
+            self.register_buffer(name, torch.empty(shape.out, groups, **of_bytes))
         self.bias = bias
 
     @staticmethod
@@ -132,9 +129,9 @@ class NestedLinear(nn.Module):
         return reference.linear(x, self.weight_at(self._bits), self.bias)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Move devices but keep the dtype of the scale: model.to(torch.bfloat16) would round it and so move every weight.
+        """Move devices but keep the dtype of the scales: model.to(torch.bfloat16) would round them and so move every weight.
 
-        nn.Module casts floating tensors only, so the scale travels as integers of the same size.
+        nn.Module casts floating tensors only, so scales travel as integers of the same size.
         """
         kind = self.get_buffer("scale").dtype
         self._buffers["scale"] = self.get_buffer("scale").view(_BITS_OF[kind])

@@ -1,8 +1,8 @@
 """BitPlan (layer name -> bits) and the arithmetic of sizes: bytes and mean bits follow from shapes, never from a model.
 
 A bit count here is what a reader of that width must hold for the quantized weights: its r code bits (r + 1 under
-round-overflow below the parent's width, whose codes reach 2^r) plus, for every group, the scale and what else its read needs: the
-zero's byte, or the two bytes of a refit. Never code bits alone.
+round-overflow below the parent's width, whose codes reach 2^r) plus, for every group, the parent's scale in its storage
+dtype and the bytes that the read takes besides: the two of a refit, else the zero of an asymmetric grid. Never code bits alone.
 """
 
 import json
@@ -15,7 +15,7 @@ from matquant.codes import WIDTHS, Grid, Slicing
 from matquant.errors import PlanError, choices
 
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
-ZERO_BITS, REFIT_BITS = 8, 16  # of a group
+ZERO_BITS, REFIT_BITS = 8, 16  # of a group: a zero; k and u of a refit
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Shape:
 class Layout:
     """What all quantized modules of one checkpoint share: enough to tell every tensor's shape, dtype and size.
 
-    widths: the read widths offered, descending. refit_widths: those that store their own scale and zero.
+    widths: the read widths offered, descending. refit_widths: those with a refit.
     scale_dtype: of the parent's scales.
     """
 
@@ -47,16 +47,16 @@ class Layout:
     def read_bits(self, shape: Shape, bits: int) -> int:
         """Bits that a `bits`-wide reader of one weight must hold, metadata included."""
         spill = 1 if self.slicing == "round-overflow" and bits < self.grid.bits else 0
-        zero = 0 if self.grid.symmetric else ZERO_BITS
-        own = REFIT_BITS if bits in self.refit_widths else zero
-        groups = shape.out * self.grid.groups(shape.in_features)
-        return shape.weights * (bits + spill) + groups * (SCALE_BITS[self.scale_dtype] + own)
+        scale, zero = SCALE_BITS[self.scale_dtype], 0 if self.grid.symmetric else ZERO_BITS
+        affine = scale + (REFIT_BITS if bits in self.refit_widths else zero)  # a refit holds the zero already
+        return shape.weights * (bits + spill) + shape.out * self.grid.groups(shape.in_features) * affine
 
     def stored_bits(self, shape: Shape) -> int:
-        """Bits that a checkpoint stores for one weight: all planes, all that every width needs."""
+        """Bits that the files hold of one weight: all planes, the parent's scale and zero, every refit."""
         zero = 0 if self.grid.symmetric else ZERO_BITS
-        group = SCALE_BITS[self.scale_dtype] + zero + REFIT_BITS * len(self.refit_widths)
-        return shape.weights * self.grid.bits + shape.out * self.grid.groups(shape.in_features) * group
+        affine = SCALE_BITS[self.scale_dtype] + zero + REFIT_BITS * len(self.refit_widths)
+        row = -(-shape.in_features // 8) * 8  # a row of a plane fills whole bytes
+        return shape.out * row * self.grid.bits + shape.out * self.grid.groups(shape.in_features) * affine
 
 
 @dataclass(frozen=True)

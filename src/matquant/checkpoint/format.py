@@ -6,7 +6,7 @@ One quantized module NAME of a c-bit parent with in input channels and g groups 
     NAME.plane.K            uint8 [out, ceil(in / 8)]       plane K, 2 <= K < c
     NAME.scale              float [out, g]                  of the parent grid, positive
     NAME.zero               uint8 [out, g]                  asymmetric grids only: 0 .. 2^c - 1
-    NAME.scale.R, .zero.R   uint8 [out, g]                  the refit of width R: multiplier of the scale, never 0, and zero
+    NAME.scale.R, .zero.R   uint8 [out, g]                  the refit of width R: k 1 .. 255 and u of codes.refit_affine
 
 `need` of a tensor is how many planes a reader holds when the tensor becomes useful; it decides the shard family.
 """
@@ -140,12 +140,12 @@ def missing_of(needs_here: Mapping[str, int], layout: Layout, modules: Iterable[
 
 def expected(suffix: str, shape: Shape, layout: Layout) -> tuple[str, list[int]]:
     """(safetensors dtype, shape) of one tensor of a module."""
-    row = -(-shape.in_features // 8)
+    row, groups = -(-shape.in_features // 8), layout.grid.groups(shape.in_features)
     if suffix == "weight":
         return "U8", [2, shape.out, row]
     if suffix.startswith("plane."):
         return "U8", [shape.out, row]
-    return DTYPES[layout.scale_dtype] if suffix == "scale" else "U8", [shape.out, layout.grid.groups(shape.in_features)]
+    return DTYPES[layout.scale_dtype] if suffix == "scale" else "U8", [shape.out, groups]
 
 
 def value_problem(suffix: str, tensor: Tensor, in_features: int, layout: Layout) -> str | None:
@@ -154,10 +154,10 @@ def value_problem(suffix: str, tensor: Tensor, in_features: int, layout: Layout)
     if kind in ("weight", "plane"):
         used = in_features % 8
         return "has padding bits that are not zero" if used and bool((tensor[..., -1] >> used).any()) else None
-    if not bool(torch.isfinite(tensor).all()):
+    if suffix == "scale" and not bool(torch.isfinite(tensor).all()):
         return "is not finite everywhere"
     if kind == "scale" and not bool((tensor > 0).all()):
         return "is not positive everywhere"
     if suffix == "zero" and not bool((tensor <= layout.grid.max_code).all()):
-        return f"does not hold numbers from 0 to {layout.grid.max_code} everywhere"
+        return f"exceeds {layout.grid.max_code}, the largest code"
     return None

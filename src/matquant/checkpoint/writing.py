@@ -32,18 +32,19 @@ WRITTEN_BY = ("matquant", "torch", "transformers", "safetensors")
 def module_tensors(name: str, weight: NestedWeight) -> dict[str, Tensor]:
     """The tensors of one module, named and typed as stored.
 
-    Raises CheckpointError for a scale that is not finite and positive in its dtype.
+    Raises CheckpointError for a value that no checkpoint may hold, such as a scale that became 0 or infinite in its dtype.
     """
-    planes, dtype = weight.packed(), weight.scale.dtype
+    planes = weight.packed()
     parts = {"weight": planes[:2]} | {f"plane.{k}": planes[k] for k in range(2, len(planes))} | {"scale": weight.scale}
     if weight.zero is not None:
         parts["zero"] = weight.zero
     for r, refit in weight.refits.items():
         parts |= {f"scale.{r}": refit.scale, f"zero.{r}": refit.zero}
-    layout = Layout(weight.grid, weight.slicing, (), (), str(dtype).removeprefix("torch."))
+    layout = Layout(weight.grid, weight.slicing, (), (), str(weight.scale.dtype).removeprefix("torch."))
     for suffix, tensor in parts.items():
         if problem := value_problem(suffix, tensor, weight.codes.shape[1], layout):
-            raise CheckpointError(f"{name}.{suffix} in {layout.scale_dtype} {problem}; store scales as float32 (--scale-dtype float32)")
+            mend = "store scales as float32 (--scale-dtype float32)" if suffix == "scale" else "choose another method"
+            raise CheckpointError(f"{name}.{suffix} in {str(tensor.dtype).removeprefix('torch.')} {problem}; {mend}")
     return {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in parts.items()}
 
 
