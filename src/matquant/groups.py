@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from matquant import activations, methods, models
 from matquant.activations import Inputs
+from matquant.factor import factorize, visiting_order
 from matquant.objective import row_losses
 from matquant.plan import Shape
 from matquant.recipe import ORIGINAL, Recipe
+from matquant.refine import Trainer, refine
 from matquant.refit import refit
 from matquant.report import LayerReport
+from matquant.residual import fit_residual
 from matquant.weight import NestedWeight, Refit
 
 Results = dict[str, tuple[NestedWeight, LayerReport]]
@@ -59,8 +62,53 @@ class BlockState:
                         report = replace(report, notes=("no token reached it: its inputs count as equally strong", *report.notes))
                     results[name] = weight, report
                     self.put(name, weight)
-                    tell(report)
+                    if not self._refined:
+                        tell(report)
+        if self._refined:
+            results = self._refine(results)
+            for _, report in results.values():
+                tell(report)
         return {name: results[name] for name in self.names}
+
+    @property
+    def _refined(self) -> bool:
+        return self.recipe.method == "block" and self.call is not None and bool(self.names)
+
+    def _refine(self, results: Results) -> Results:
+        """Train all layers together (refine.py), and measure them anew."""
+        assert self.call is not None
+        recipe, local = self.recipe, {name: name.removeprefix(self.prefix + ".") for name in self.names}
+        activations.place(self.layers, self.weights[ORIGINAL])
+        with torch.no_grad():
+            goal = torch.cat([self.call(self.block, x[None]) for x in self.streams[ORIGINAL]])
+        streams = {r: self.streams[recipe.stream_of(r)] for r in recipe.targets}
+        trainer = Trainer(self.block, self.call, {local[name]: layer for name, layer in self.layers.items()}, streams, goal)
+        stages = self._stages()
+        leader = {name: members[0] for stage in stages for members in stage for name in members}
+        unknown = lambda name: self._unknown({name: self._original(name)})  # noqa: E731
+        wide = self._inputs(list(dict.fromkeys(leader.values())), {ORIGINAL})
+
+        def residual(weights: Mapping[str, NestedWeight]) -> dict[str, NestedWeight]:
+            fitted = {}
+            for name in self.names:
+                h = (wide.get(leader[name]) or unknown(name)).h[ORIGINAL]
+                factor = factorize(h, recipe.damping, visiting_order([h], recipe.act_order))
+                fitted[local[name]] = fit_residual(weights[local[name]], self._original(name), factor, recipe.grid)
+            return fitted
+
+        weights = {local[name]: weight for name, (weight, _) in results.items()}
+        refined = refine(trainer, weights, residual, recipe, recipe.seed)
+        for name in self.names:
+            self.put(name, refined.weights[local[name]])
+        inputs = self._inputs(list(dict.fromkeys(leader.values())))
+        found: Results = {}
+        for name, (_, report) in results.items():
+            weight, known = refined.weights[local[name]], inputs.get(leader[name]) or unknown(name)
+            errors = layer_errors(self._original(name), weight, known, recipe)
+            notes = (*report.notes, refined.note) if name == self.names[0] else report.notes
+            stages_of = {**report.stages, "block": {r: errors[r] for r in recipe.targets if r in errors}}
+            found[name] = weight, replace(report, errors=errors, notes=notes, stages=stages_of)
+        return found
 
     def advance(self) -> dict[int, float]:
         """Send every stream through the block. Returns the relative error of its output by width."""
@@ -74,11 +122,12 @@ class BlockState:
         activations.place(self.layers, self.weights[ORIGINAL])
         return activations.stages(self.block, self.call, self.streams[ORIGINAL], self.layers)
 
-    def _inputs(self, leaders: list[str]) -> dict[str, Inputs]:
+    def _inputs(self, leaders: list[str], only: set[int] | None = None) -> dict[str, Inputs]:
         if self.call is None:
             return {}
-        cross = self.recipe.asymmetric_calibration > 0
+        cross = self.recipe.asymmetric_calibration > 0 and only is None
         used = {self.recipe.stream_of(r) for r in (*self.recipe.targets, *self.recipe.bits)} | ({ORIGINAL} if cross else set[int]())
+        used = used if only is None else only
         streams = {width: hidden for width, hidden in self.streams.items() if width in used}
         return activations.statistics(self.block, self.call, streams, self.weights, self.layers, leaders, cross)
 
@@ -98,6 +147,7 @@ def quantize_group(weights: Mapping[str, Float[Tensor, "_ in"]], inputs: Inputs,
     weights: name -> float32 [out, in]. inputs: second moments of the shared input.
     """
     w = torch.cat(list(weights.values()))
+    recipe = replace(recipe, overlap=False) if recipe.method == "block" else recipe  # its residual is fitted after the high nibble
     chosen = methods.load(recipe.method)(w, inputs, recipe)
     finite = all(h.isfinite().all() for h in inputs.h.values())
     notes = chosen.notes if finite or chosen.notes else ("the Hessian is not finite: its inputs count as equally strong",)
@@ -116,6 +166,13 @@ def quantize_group(weights: Mapping[str, Float[Tensor, "_ in"]], inputs: Inputs,
         errors = relative.pop("")
         results[name] = _rows(nested, rows), LayerReport(name, Shape(*weight.shape), errors, notes, relative)
     return results
+
+
+def layer_errors(w: Float[Tensor, "out in"], weight: NestedWeight, inputs: Inputs, recipe: Recipe) -> dict[int, float | None]:
+    """Relative output error of one layer at every width offered."""
+    power = {stream: row_losses(w, torch.zeros_like(w), h) for stream, h in inputs.h.items()}
+    loss = {bits: row_losses(w, weight.read(bits).dense(), inputs.h[recipe.stream_of(bits)]) for bits in recipe.bits}
+    return _relative(loss, power, slice(None), recipe)
 
 
 def _relative(loss: Mapping[int, Tensor], power: Mapping[int, Tensor], rows: slice, recipe: Recipe) -> dict[int, float | None]:

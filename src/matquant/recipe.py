@@ -18,11 +18,11 @@ from matquant.errors import RecipeError, choices
 from matquant.plan import SCALE_BITS, Layout
 
 Feedback = Literal["per-width", "mean"]
-METHOD_NAMES = ("minmax", "gptq")
+METHOD_NAMES = ("minmax", "gptq", "block")
 
 
 def _targets() -> dict[int, float]:
-    return {8: 0.02, 4: 0.25, 3: 0.5, 2: 1.0}
+    return {8: 0.05, 4: 0.25, 3: 0.5, 2: 1.0}
 
 
 ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
@@ -37,7 +37,7 @@ def _help(text: str, **kwargs: Any) -> Any:
 @no_type_check  # for checkers at run time, as under pytest: it refuses bad values itself, in words
 @dataclass(frozen=True)
 class Recipe:
-    method: str = _help("how codes are chosen: gptq, or minmax (round to nearest, no calibration)", default="gptq")
+    method: str = _help("how codes are chosen: gptq; block (gptq, then training block by block); minmax (round to nearest)", default="gptq")
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
     targets: Mapping[int, float] = _help("widths that are optimised and the weight of each, for instance 8:100,4:4,3:2,2:1", default_factory=_targets)
     normalize: bool = _help(
@@ -56,11 +56,11 @@ class Recipe:
     static_groups: bool = _help("fix scales before the first code is chosen; off = when the group is reached, as the papers do", default=True)
     feedback: Feedback = _help("error feedback of gptq: per-width, or mean (MatGPTQ's rule)", default="per-width")
     streams: tuple[int, ...] = _help("widths calibrated on activations of their own; none named = every target up to 4 bits", default=())
-    asymmetric_calibration: float = _help("share of the inputs' drift that weights make up for (GPTAQ): 0 to 1", default=0.0)
+    asymmetric_calibration: float = _help("share of the inputs' drift that weights make up for (GPTAQ): 0 to 1", default=0.5)
     sweeps: int = _help("rounds of refit and coordinate descent over the codes after GPTQ", default=2)
     refine_steps: int = _help("training steps of a block (method block)", default=100)
     refine_batch: int = _help("sequences of a training step", default=4)
-    refine_rate: float = _help("first learning rate, in 4-bit codes a step; it falls to 0", default=0.02)
+    refine_rate: float = _help("first learning rate, in 4-bit codes a step; it falls to 0", default=0.001)
     damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)
     skip: tuple[str, ...] = _help("shell-style patterns of module names to leave unquantized", default=())
     calibration: str = _help("FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT], or self (text sampled from the model)", default="self")

@@ -18,7 +18,7 @@ Then the high nibble is frozen, and the low one is fitted to the original weight
 not finite, keeps what it had.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,8 +34,9 @@ from matquant.weight import NestedWeight, Refit
 HIGH = 4  # bits of the high nibble
 REACH = 2.0  # 4-bit codes that a latent may move
 HELD_OUT = 8  # one sequence in so many is held out
+WORSE = 1.0  # a loss above this share of the one before is worse
 BETAS = (0.9, 0.95)
-SCALE_RATE, ZERO_RATE = 0.1, 20.0  # relative to the rate of y: a step of m is 1 / 128, of u 1, of y one 4-bit code
+M_RATE, U_RATE = 6.0, 1200.0  # relative to the rate of y
 
 
 @dataclass
@@ -142,15 +143,53 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Refined:
-    """weights: by layer. before, after: loss of every target on the sequences held out, relative to the power of the goal there.
+    """weights: by layer name in the block. change: loss on the sequences held out, after over before, of every target.
 
     kept: why the weights are those that came in; "" if they are refined.
     """
 
     weights: Mapping[str, NestedWeight]
-    before: Mapping[int, float]
-    after: Mapping[int, float]
+    change: Mapping[int, float]
     kept: str = ""
+
+    @property
+    def note(self) -> str:
+        """One line for the report."""
+        change = ", ".join(f"{bits} bits {value:.2f}" for bits, value in self.change.items())
+        return (
+            f"block refinement changed nothing: {self.kept}"
+            if self.kept
+            else f"block refined; loss on sequences held out, of the loss before: {change}"
+        )
+
+
+Residual = Callable[[Mapping[str, NestedWeight]], dict[str, NestedWeight]]
+
+
+def refine(trainer: Trainer, weights: Mapping[str, NestedWeight], residual: Residual, recipe: Recipe, seed: int) -> Refined:
+    """Train, fit the residual, and keep the result if it is better, or as good, on the sequences held out at every target.
+
+    weights: by layer name in the block. residual: puts weights on the grid of the checkpoint, their low planes fitted anew.
+    """
+    widths = [r for r in recipe.targets if r <= HIGH]
+    plain = residual(weights) if recipe.overlap else dict(weights)
+    trained = train(trainer, weights, widths, recipe, seed) if widths else None
+    if trained is None:
+        return Refined(plain, {}, "its loss was not finite" if widths else "no target is at most 4 bits wide")
+    found = residual(trained)
+    before, after = (held_out(trainer, each, recipe) for each in (weights, found))
+    change = {r: after[r] / before[r] if before[r] > 0 else 1.0 for r in before}
+    worse = [r for r, value in change.items() if not value <= WORSE]
+    if worse:
+        return Refined(plain, change, "it was worse on sequences held out at " + ", ".join(f"{r} bits ({change[r]:.2f} of the loss)" for r in worse))
+    return Refined(found, change)
+
+
+def held_out(trainer: Trainer, weights: Mapping[str, NestedWeight], recipe: Recipe) -> dict[int, float]:
+    """Loss of every target on the sequences held out."""
+    _, samples = split(len(trainer.goal))
+    reads = {r: trainer.weights_of({name: weight.read(r).dense() for name, weight in weights.items()}) for r in recipe.targets}
+    return {r: trainer.held(reads[r], r, samples) for r in reads}
 
 
 def train(trainer: Trainer, weights: Mapping[str, NestedWeight], widths: Sequence[int], recipe: Recipe, seed: int) -> dict[str, NestedWeight] | None:
@@ -158,7 +197,7 @@ def train(trainer: Trainer, weights: Mapping[str, NestedWeight], widths: Sequenc
     latents = {name: Latent.of(weight, widths) for name, weight in weights.items()}
     samples, _ = split(len(trainer.goal))
     generator = torch.Generator().manual_seed(seed)
-    rates = {"y": recipe.refine_rate, "m": recipe.refine_rate * SCALE_RATE, "u": recipe.refine_rate * ZERO_RATE}
+    rates = {"y": recipe.refine_rate, "m": recipe.refine_rate * M_RATE, "u": recipe.refine_rate * U_RATE}
     groups = {
         "y": [latent.y for latent in latents.values()],
         "m": [latent.m[r] for latent in latents.values() for r in widths],
@@ -175,7 +214,7 @@ def train(trainer: Trainer, weights: Mapping[str, NestedWeight], widths: Sequenc
             norm = sum(dy.square().sum() for dy, _, _ in grads.values()) ** 0.5
             if not (torch.isfinite(norm) and loss < float("inf")):
                 return None
-            share = recipe.importance[bits] ** 0.5 / norm.clamp(min=1e-30)
+            share = 1 / norm.clamp(min=1e-30)
             for name, (dy, dm, du) in grads.items():
                 latents[name].y.grad += share * dy
                 latents[name].m[bits].grad, latents[name].u[bits].grad = dm, du

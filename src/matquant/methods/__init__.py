@@ -30,6 +30,7 @@ Method = Callable[[Float[Tensor, "out in"], Inputs, Recipe], Chosen]
 METHODS = {
     "minmax": "matquant.methods.minmax:quantize",
     "gptq": "matquant.methods.gptq:quantize",
+    "block": "matquant.methods.gptq:quantize",  # then refine.py, once all layers of a block have their codes
 }
 
 
