@@ -33,7 +33,8 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def _svg(figure: "Figure", title: str) -> bytes:
+def as_svg(figure: "Figure", title: str) -> bytes:
+    """Equal figures give equal bytes under STYLE."""
     content = BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None, "Creator": "matquant", "Title": title})
     return content.getvalue()
@@ -51,7 +52,7 @@ def quality_svg(rows: Sequence[Row]) -> bytes | None:
 
     with mpl.rc_context(STYLE):
         figure = _figure(reads, next((row.perplexity for row in rows if _is_original(row)), None))
-        return _svg(figure, "Quality at every width")
+        return as_svg(figure, "Quality at every width")
 
 
 WIDTH_COLORS = {8: "#440154", 7: "#46327e", 6: "#365c8d", 5: "#277f8e", 4: "#1fa187", 3: "#4ac16d", 2: "#d8a61c"}
@@ -77,7 +78,7 @@ def errors_svg(layers: Sequence[LayerReport], outputs: Sequence[Mapping[int, flo
         if panels == 2:
             _depth_panel(axes[1], outputs, "-", "relative error of each block's output")
             axes[1].set_xlabel("block")
-        return _svg(figure, "Errors along the depth of the model")
+        return as_svg(figure, "Errors along the depth of the model")
 
 
 def _depth_panel(axes: "Axes", rows: Sequence[Mapping[int, float | None]], style: str, title: str = "") -> None:
