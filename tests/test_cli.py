@@ -353,7 +353,7 @@ def test_eval_against_the_original(checkpoint: Path, tiny: Tiny, tmp_path: Path,
     assert [row["label"] for row in rows] == ["32", "8", "2", "careful"]
     assert [row["bits"] for row in rows] == [32, 8, 2, None]
     assert rows[0]["kl"] == 0 and rows[1]["kl"] < rows[3]["kl"] < rows[2]["kl"]
-    assert rows[1]["bits_per_weight"] == pytest.approx(9.0) and 0 <= rows[2]["top1"] <= 1
+    assert rows[1]["bits_per_weight"] == pytest.approx(8.75) and 0 <= rows[2]["top1"] <= 1
     assert rows[0]["protocol"]["sequences"] == 4 and rows[0]["protocol"]["text"] == str(text)
     alone = answer(capsys, *common)
     assert [row["kl"] for row in alone] == [None] * 3
