@@ -121,6 +121,7 @@ class RotatedTensors(Mapping[str, Tensor]):
     """The tensors `names` of a turned model, made from the originals when asked for.
 
     They keep the type that they are stored in, but those in `wide` are float32: a weight that is quantized next need not be rounded before.
+    The embedding and the head are rounded: KL to the original 1e-7 and 6e-7 in float16, 8e-6 and 4e-5 in bfloat16 (stories15M, SmolLM2-135M).
     """
 
     def __init__(
