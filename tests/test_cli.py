@@ -135,7 +135,7 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "method": "minmax", "bits": "4,2", "targets": "4:2.5,2:1", "parent_bits": "6", "group_size": "-1", "slicing": "round", "scale_dtype": "float32",
         "refit_bits": "0", "feedback": "mean", "damping": "0.5", "calibration": "x.txt", "num_samples": "3", "seq_len": "9", "eval_samples": "0", "seed": "7",
     }  # fmt: skip
-    switches = ["--no-symmetric", "--no-overlap", "--no-clip-search", "--no-act-order", "--no-static-groups"]
+    switches = ["--no-symmetric", "--no-overlap", "--no-clip-search", "--no-act-order", "--no-static-groups", "--no-rotate"]
     given = [word for name, value in values.items() for word in (flags.flag_name(name), value)]
     recipe = recipe_of(monkeypatch, *given, *switches, "--skip", "*.o_proj", "--skip", "lm_head")
     covered = {*values, "skip", *(switch[5:].replace("-", "_") for switch in switches)}

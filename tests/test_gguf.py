@@ -54,8 +54,9 @@ def folder(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_gguf_model_is_quantized_and_its_other_tensors_stored_in_16_bits(folder: Path, tmp_path: Path) -> None:
-    recipe = Recipe(group_size=32, num_samples=4, seq_len=64, eval_samples=2)
+@pytest.mark.parametrize("rotate", [False, True])
+def test_a_gguf_model_is_quantized_and_its_other_tensors_stored_in_16_bits(folder: Path, rotate: bool, tmp_path: Path) -> None:
+    recipe = Recipe(group_size=32, num_samples=4, seq_len=64, eval_samples=2, rotate=rotate)
     report = pipeline.quantize(str(folder), tmp_path / "out", recipe, pipeline.RunOptions(gguf_file="tiny.gguf"))
     assert [row.label for row in report.rows] == ["16", "8", "6", "4", "3", "2"]
     base = load_file(next((tmp_path / "out").glob("model-base*")))

@@ -34,6 +34,7 @@ from matquant.evaluate import check_fits, evaluate, windows
 from matquant.plot import errors_svg, quality_svg
 from matquant.recipe import Recipe
 from matquant.report import Report
+from matquant.rotate import rotated
 
 COPIED = (
     "tokenizer*",
@@ -88,7 +89,7 @@ def quantize(model: str, out: Path, recipe: Recipe, options: RunOptions, progres
         _clean_up(work)
         return _saved_report(out)
     _check_output(out, work, options)
-    source = models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code)
+    source = rotated(models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code), recipe)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out} holds the model itself, which --overwrite would delete; choose another output folder")
     layers = models.find_layers(source.model, recipe)
@@ -373,7 +374,7 @@ class _Run:
 
 def estimate(model: str, recipe: Recipe, options: RunOptions) -> Estimate:
     """Sizes by arithmetic, time and memory by a rough model. Writes nothing. Raises as `quantize` for a bad model or recipe."""
-    source = models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code)
+    source = rotated(models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code), recipe)
     layers = models.find_layers(source.model, recipe)
     _Run(source, layers, recipe, options, Path(), Silent()).check_length()
     return estimate_cost(source, layers, recipe)

@@ -68,6 +68,7 @@ class Recipe:
     seq_len: int = _help("tokens of a calibration or evaluation sequence", default=512)
     eval_samples: int = _help("sequences held out of the calibration text for the report; 0 = no report of quality", default=8)
     seed: int = _help("of the choice of sequences and of sampling", default=0)
+    rotate: bool = _help("rotate the residual stream and the value heads before quantizing (QuaRot without online rotations)", default=False)
 
     def __post_init__(self) -> None:
         self._check_widths()
