@@ -93,7 +93,7 @@ class BlockState:
             for name in self.names:
                 h = (wide.get(leader[name]) or unknown(name)).h[ORIGINAL]
                 factor = factorize(h, recipe.damping, visiting_order([h], recipe.act_order))
-                fitted[local[name]] = fit_residual(weights[local[name]], self._original(name), factor, recipe.grid)
+                fitted[local[name]] = fit_residual(weights[local[name]], self._original(name), factor, recipe.grid, recipe.sweeps)
             return fitted
 
         weights = {local[name]: weight for name, (weight, _) in results.items()}
