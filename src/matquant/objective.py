@@ -102,6 +102,6 @@ def expected_loss(w: Float[Tensor, "out in"], factor: Factor, bits: int, recipe:
     scale, zero = search_grid(w, {bits: cost}, {bits: torch.ones(len(w), device=w.device)}, alone, shrinks)
     wg = w.reshape(*scale.shape, -1)
     z = grid.center if zero is None else zero[..., None]
-    error = scale[..., None] * (nearest_code(wg / scale[..., None] + z, grid) - z) - wg
+    error = scale[..., None] * (nearest_code(wg / scale[..., None] + z, grid).float() - z) - wg  # uint8 would wrap below z
     loss = (error.reshape(w.shape).square() * cost).sum(1)
     return loss.clamp(min=1e-12 * loss.mean() + 1e-30)  # a row of zeros loses nothing, and has no say
