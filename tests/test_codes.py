@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from grids import make_grid
+from grids import all_codes, make_grid, rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from matquant.codes import (
     SLICINGS,
-    CodeChooser,
     Grid,
     Slicing,
     check_rule,
@@ -45,18 +43,6 @@ def grid_of(entry: dict[str, Any]) -> Grid:
 
 def named(entry: dict[str, Any]) -> str:
     return f"{entry['parent']}to{entry['bits']}-{entry['slicing']}{'-overlap' * entry['overlap']}"
-
-
-def all_codes(grid: Grid) -> Tensor:
-    return torch.arange(2**grid.bits, dtype=torch.uint8)
-
-
-@st.composite
-def rules(draw: st.DrawFn, min_parent: int = 2) -> tuple[Grid, Slicing]:
-    overlap = draw(st.booleans())
-    if overlap:
-        return make_grid(8, overlap=True), "floor"
-    return make_grid(draw(st.integers(min_parent, 8))), draw(st.sampled_from(SLICINGS))
 
 
 # --- the golden table -----------------------------------------------------------------------------------------------
@@ -341,60 +327,3 @@ def test_nearest_code_with_overlap_takes_the_cell_that_holds_the_value(values: l
         assert q // 16 == cell or abs((t + 0.5) / 16 - round((t + 0.5) / 16)) < 1e-5
         inside = reads[16 * (q // 16) : 16 * (q // 16) + 16]
         assert abs(reads[q] - t) <= (inside - t).abs().min() + 1e-4
-
-
-def brute_force(t: dict[int, float], targets: dict[int, float], grid: Grid, slicing: Slicing) -> list[float]:
-    """sum_r lam_r (t_r - levels_r[q])^2 of every code q, in float64."""
-    table = {r: levels(r, grid, slicing).double().tolist() for r in targets}
-    return [sum(lam * (t[r] - table[r][q]) ** 2 for r, lam in targets.items()) for q in range(2**grid.bits)]
-
-
-@given(rules(), st.data())
-@settings(deadline=None, max_examples=120)
-def test_chooser_equals_brute_force(rule: tuple[Grid, Slicing], data: st.DataObject) -> None:
-    grid, slicing = rule
-    widths = data.draw(st.lists(st.integers(2, grid.bits), min_size=1, unique=True))
-    targets = {r: data.draw(st.sampled_from([0.1, 1.0, 4.0, 100.0])) for r in widths}
-    chooser = CodeChooser.of(targets, grid, slicing)
-    assert set(targets) | {grid.bits} == set(chooser.streams)
-    seed = data.draw(st.integers(0, 2**20))
-    center = torch.rand(1, 7, generator=torch.Generator().manual_seed(seed)) * (grid.max_code + 20) - 10
-    t = center + 4 * torch.randn(len(chooser.streams), 7, generator=torch.Generator().manual_seed(seed + 1))
-    chosen = chooser.choose(t, chooser.tables(t.device)).tolist()
-    for n, q in enumerate(chosen):
-        of_width = {r: t[i, n].double().item() for i, r in enumerate(chooser.streams)}
-        costs = brute_force(of_width, targets, grid, slicing)
-        assert costs[q] <= min(costs) + 1e-5 * (1 + sum(lam * of_width[r] ** 2 for r, lam in targets.items()))
-
-
-@given(rules(), st.data())
-@relaxed
-def test_chooser_breaks_ties_by_the_parent_stream(rule: tuple[Grid, Slicing], data: st.DataObject) -> None:
-    """Codes that the targets cannot tell apart: the one whose full-width read is nearest to the parent's t."""
-    grid, slicing = rule
-    if grid.bits == 2:
-        return
-    target = data.draw(st.integers(2, grid.bits - 1))
-    chooser = CodeChooser.of({target: 1.0}, grid, slicing)
-    t = torch.rand(2, 9, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999)))) * grid.max_code
-    low, parent = levels(target, grid, slicing), levels(grid.bits, grid, slicing)
-    k = 2 ** (grid.bits - chooser.prefix_bits)
-    for n, q in enumerate(chooser.choose(t, chooser.tables(t.device)).tolist()):
-        same = [other for other in range(2**grid.bits) if low[other] == low[q] and other // k == q // k]
-        assert abs(parent[q] - t[1, n]) <= min(abs(parent[other] - t[1, n]) for other in same) + 1e-4
-
-
-@given(st.integers(2, 8), st.sampled_from(SLICINGS), st.lists(st.floats(-40, 300, width=32), min_size=1, max_size=20))
-@relaxed
-def test_the_parent_as_the_only_target_is_rounding_to_nearest(bits: int, slicing: Slicing, values: list[float]) -> None:
-    grid = make_grid(bits)
-    chooser = CodeChooser.of({bits: 1.0}, grid, slicing)
-    t = torch.tensor([values])
-    assert chooser.choose(t, chooser.tables(t.device)).equal(nearest_code(t[0], grid))
-
-
-def test_chooser_enumerates_prefixes_only() -> None:
-    assert CodeChooser.of({8: 100.0, 4: 4.0, 3: 2.0, 2: 1.0}, make_grid(8), "floor").prefix_bits == 4
-    assert CodeChooser.of({8: 100.0, 4: 4.0, 3: 2.0, 2: 1.0}, make_grid(8), "round").prefix_bits == 5
-    assert CodeChooser.of({8: 1.0}, make_grid(8), "floor").prefix_bits == 0
-    assert CodeChooser.of({8: 1.0, 2: 1.0}, make_grid(8, overlap=True), "floor").prefix_bits == 4

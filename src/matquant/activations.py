@@ -31,6 +31,7 @@ class Call:
     named: bool  # the hidden state is passed by name
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(next(block.parameters()).device)  # it may lie in a file
         result = block(*self.args, hidden_states=hidden, **self.kwargs) if self.named else block(hidden, *self.args, **self.kwargs)
         return result[0] if isinstance(result, tuple) else result
 
@@ -103,11 +104,16 @@ def _run_until_stop(model: nn.Module, ids: Tensor) -> None:
 
 
 def like(hidden: Float[Tensor, "samples length hidden"], file: Path | None) -> Float[Tensor, "samples length hidden"]:
-    """A copy of `hidden`: in memory, or mapped to `file`, so that the system may write it out when memory is short."""
+    """A copy of `hidden`: where it is, or mapped to `file`, so that the system may write it out when memory is short.
+
+    Raises OSError where the disk is full: the file is written first, because a mapped page without a place on disk kills the process.
+    """
     if file is None:
         return hidden.clone()
-    mapped = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype).view_as(hidden)
-    return mapped.copy_(hidden)
+    with file.open("wb") as handle:
+        for sample in hidden:
+            handle.write(sample.contiguous().cpu().view(torch.uint8).numpy().data)
+    return torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
 
 
 # --- statistics of a block's inputs ---------------------------------------------------------------------------------

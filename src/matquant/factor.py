@@ -17,13 +17,14 @@ DAMPING_RAISES = (1, 10, 100)  # times the recipe's damping, tried in turn when 
 class Factor:
     """order: columns in the order they are visited. upper: U = chol(H^-1) in that order. damped: H, in its own order.
 
-    notes: what had to be mended.
+    notes: what had to be mended. sound: False where H could not be factored, and U and `damped` are the identity instead.
     """
 
     order: Int[Tensor, " in"]
     upper: Float[Tensor, "in in"]
     damped: Float[Tensor, "in in"]
     notes: tuple[str, ...]
+    sound: bool = True
 
     def cost_in_place(self) -> Float[Tensor, " in"]:
         """1 / U_jj^2 of every column in the weight's own order: what a unit error there costs after feedback."""
@@ -55,7 +56,7 @@ def factorize(h: Float[Tensor, "in in"], damping: float, order: Int[Tensor, " in
     identity = torch.eye(columns, device=h.device)
     diagonal = torch.diagonal(h).clone()
     if not h.isfinite().all():
-        return Factor(order, identity, identity, ("the Hessian is not finite: rounded to nearest",))
+        return Factor(order, identity, identity, ("the Hessian is not finite: rounded to nearest",), sound=False)
     dead = diagonal <= 0
     if dead.any():
         notes.append(f"{int(dead.sum())} of {columns} inputs are always 0: their weights are rounded to nearest")
@@ -71,4 +72,4 @@ def factorize(h: Float[Tensor, "in in"], damping: float, order: Int[Tensor, " in
                 notes.append(f"damping raised to {damping * raise_by:g}: the Hessian had no Cholesky factor below")
             return Factor(order, upper.float(), damped.float(), tuple(notes))
     notes.append(f"no Cholesky factor up to damping {damping * DAMPING_RAISES[-1]:g}: rounded to nearest")
-    return Factor(order, identity, identity, tuple(notes))
+    return Factor(order, identity, identity, tuple(notes), sound=False)

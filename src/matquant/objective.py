@@ -76,7 +76,8 @@ def build(w: Float[Tensor, "out in"], inputs: Inputs, factors: Mapping[int, Fact
     goals: dict[int, Tensor] = {}
     for stream, factor in factors.items():
         cross = inputs.cross.get(stream)
-        goals[stream] = w if cross is None else w + recipe.asymmetric_calibration * factor.solve((w @ cross).T).T
+        usable = cross is not None and factor.sound and bool(cross.isfinite().all())
+        goals[stream] = w + recipe.asymmetric_calibration * factor.solve((w @ cross).T).T if usable else w
     stream_of = [recipe.stream_of(r) for r in chooser.streams]
     weight = [_row_weights(w, factors[s], r, recipe) for r, s in zip(chooser.streams, stream_of, strict=True)]
     return Objective(chooser, tuple(goals[s] for s in stream_of), tuple(factors[s].damped for s in stream_of), torch.stack(weight))
@@ -101,6 +102,6 @@ def expected_loss(w: Float[Tensor, "out in"], factor: Factor, bits: int, recipe:
     scale, zero = search_grid(w, {bits: cost}, {bits: torch.ones(len(w), device=w.device)}, alone, shrinks)
     wg = w.reshape(*scale.shape, -1)
     z = grid.center if zero is None else zero[..., None]
-    error = scale[..., None] * (nearest_code(wg / scale[..., None] + z, grid) - z) - wg
+    error = scale[..., None] * (nearest_code(wg / scale[..., None] + z, grid).float() - z) - wg  # uint8 would wrap below z
     loss = (error.reshape(w.shape).square() * cost).sum(1)
     return loss.clamp(min=1e-12 * loss.mean() + 1e-30)  # a row of zeros loses nothing, and has no say

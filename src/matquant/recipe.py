@@ -84,9 +84,12 @@ class Recipe:
             raise RecipeError(f"damping is {self.damping}; it must be a positive number, for instance 0.01")
         if not 0 <= self.asymmetric_calibration <= 1:
             raise RecipeError(f"asymmetric_calibration is {self.asymmetric_calibration}; it must be a share from 0 to 1, for instance 0.5")
-        if self.feedback == "mean" and len(self.stream_widths) > 1:
+        used = {self.stream_of(r) for r in self.targets}
+        if self.feedback == "mean" and len(used) > 1:
+            named = " and ".join("the original's" if r == ORIGINAL else f"that of {r} bits" for r in sorted(used, reverse=True))
             raise RecipeError(
-                f"feedback mean keeps one running weight, which needs one stream, not {list(self.stream_widths)}; name one, for instance --streams 8"
+                f"feedback mean keeps one running weight, which needs one stream for all targets, not {named}; "
+                f"name one, for instance --streams {self.parent_bits}"
             )
         if self.act_order and not self.static_groups:
             raise RecipeError("act_order needs static_groups: groups reached in another order would have no fixed members; switch one of them")

@@ -69,9 +69,10 @@ def improve(
     stages = {"gptq": losses}
     fitted = tuple(r for r in recipe.layout.refit_widths if r in goals)
     for round_ in range(recipe.sweeps + 1):
-        weight, new = refit(weight, goals, hessians, fitted)
-        losses = torch.stack([new.get(r, row) for r, row in zip(objective.widths, losses, strict=True)])
-        stages["refit" if round_ == 0 else "sweeps"] = losses
+        if fitted:
+            weight, new = refit(weight, goals, hessians, fitted)
+            losses = torch.stack([new.get(r, row) for r, row in zip(objective.widths, losses, strict=True)])
+            stages["refit" if round_ == 0 else "sweeps"] = losses
         if round_ < recipe.sweeps:
             codes, moved = sweep(weight, objective, order)
             better = objective.value(moved) < objective.value(losses)  # but for rounding it always is
