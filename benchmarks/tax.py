@@ -30,7 +30,9 @@ def draw(stored: dict[str, Any]) -> bytes:
         axes = figure.subplots()
         for bits in (8, 4, 3, 2):
             points = [(lam, kl[bits] / dedicated[bits]) for lam, kl in sweep]
-            axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=WIDTH_COLORS[bits], linewidth=1.2, markersize=3.5, label=f"{bits} bits")
+            axes.plot(
+                [x for x, _ in points], [y for _, y in points], "o-", color=WIDTH_COLORS[bits], linewidth=1.2, markersize=3.5, label=f"{bits} bits"
+            )
         axes.axhline(1, color="#666666", linestyle="--", linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="weight of 8 bits (2 bits: 1)")
         axes.set_title("KL of the nested checkpoint over that of a run dedicated to the width", loc="left", fontsize=10)
