@@ -75,13 +75,29 @@ class Recipe:
         self._check_choice("method", METHOD_NAMES)
         self._check_choice("scale_dtype", SCALE_BITS)
         self._check_choice("feedback", get_args(Feedback))
-        for name, low in {"num_samples": 1, "seq_len": 2, "eval_samples": 0, "refit_bits": 0, "sweeps": 0, "seed": 0}.items():
+        for name, low in {
+            "num_samples": 1,
+            "seq_len": 2,
+            "eval_samples": 0,
+            "refit_bits": 0,
+            "sweeps": 0,
+            "refine_steps": 1,
+            "refine_batch": 1,
+            "seed": 0,
+        }.items():
             if getattr(self, name) < low:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         if self.seed >= 2**63:
             raise RecipeError(f"seed is {self.seed}; it must be below 2^63")
         if not 0 < self.damping < float("inf"):
             raise RecipeError(f"damping is {self.damping}; it must be a positive number, for instance 0.01")
+        if self.method == "block" and (self.parent_bits != 8 or self.slicing != "floor" or self.refit_bits > 4):
+            raise RecipeError(
+                f"method block needs parent_bits 8, slicing floor and refit_bits up to 4, not {self.parent_bits}, {self.slicing} and {self.refit_bits}; "
+                "change them, or use method gptq"
+            )
+        if not 0 < self.refine_rate < 1:
+            raise RecipeError(f"refine_rate is {self.refine_rate}; it must be above 0 and below 1, for instance 0.001")
         if not 0 <= self.asymmetric_calibration <= 1:
             raise RecipeError(f"asymmetric_calibration is {self.asymmetric_calibration}; it must be a share from 0 to 1, for instance 0.5")
         used = {self.stream_of(r) for r in self.targets}

@@ -5,17 +5,19 @@ from its own stream, and the integers are moved until the outputs agree:
 
     min over q, m, u   sum_r ||block_r(x_r) - block(x)||^2           r = the targets up to 4 bits
 
+* Reads. The two bytes of a refit (codes.py) are trained as floats and rounded in every forward pass. Most of the gain is theirs, at
+  learning rates far above the usual (docs/LOG.md).
 * Rounding. A latent y (float, in units of the 4-bit code) stands behind every high nibble: p_4 = floor(y), p_r = floor(y / 2^(4-r)).
-  It starts at the 8-bit code, y = (q + 1/2) / 16, and may move `REACH` codes from there. Gradients pass the floor as if it were
-  not there (straight-through, https://arxiv.org/abs/1308.3432; trained rounding with a bounded shift is AutoRound's,
-  https://arxiv.org/abs/2309.05516, all parameters of a block at once are EfficientQAT's, https://arxiv.org/abs/2407.11062).
-* Reads. The two bytes of a refit (codes.py) are trained as floats and rounded in every forward pass.
-* Widths fight over the shared latent. The 2-bit loss is a hundred times the 4-bit one, so each width's gradient is divided by its
-  own norm before they are added, weighted by the recipe's `importance`-free equal shares: gradients are balanced, not losses.
+  It starts at the 8-bit code, y = (q + 1/2) / 16, so that what moves first is what lay near a border and costs other widths least.
+  Gradients pass the floor as if it were not there (straight-through, https://arxiv.org/abs/1308.3432; trained rounding with a
+  bounded shift is AutoRound's, https://arxiv.org/abs/2309.05516; all parameters of a block at once are EfficientQAT's,
+  https://arxiv.org/abs/2407.11062).
+* Widths fight over the shared latent, and the 2-bit loss is a hundred times the 4-bit one. So each width's gradient is divided by its
+  own norm before they are added: gradients are balanced, not losses. Favoured widths count three times.
 
-Then the high nibble is frozen, and the low one is fitted to the original weight for the wide reads by GPTQ (residual.py), with
-`overlap` or without. Some sequences are held out of the training: a block that gets worse there at any width, or whose loss is
-not finite, keeps what it had.
+Then the high nibble is frozen, and the low one is fitted to the original weight for the wide reads (residual.py), with `overlap` or
+without. Some sequences are held out of the training: a block that gets worse there at any target, or whose loss is not finite,
+keeps what it had. Latents and losses are float32 whatever the block computes in.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +29,12 @@ from torch import Tensor, nn
 
 from matquant import models
 from matquant.activations import Call
-from matquant.codes import read_rule
+from matquant.codes import UNIT, read_rule
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight, Refit
 
 HIGH = 4  # bits of the high nibble
-REACH = 2.0  # 4-bit codes that a latent may move
+REACH = 1.0  # 4-bit codes that a latent may move; at these rates none comes near it
 HELD_OUT = 8  # one sequence in so many is held out
 WORSE = 1.0  # a loss above this share of the one before is worse
 BETAS = (0.9, 0.95)
@@ -49,11 +51,16 @@ class Latent:
     m: dict[int, Float[Tensor, "out groups"]]
     u: dict[int, Float[Tensor, "out groups"]]
 
+    @property
+    def trained(self) -> list[int]:
+        """The widths whose m and u are trained: those that store them."""
+        return [r for r in self.m if r in self.start.refits]
+
     @staticmethod
     def of(weight: NestedWeight, widths: Sequence[int]) -> "Latent":
         y = (weight.codes.float() + 0.5) / 2 ** (weight.grid.bits - HIGH)
         zero = torch.full_like(weight.scale, weight.grid.center).float() if weight.zero is None else weight.zero.float()
-        m = {r: weight.refits[r].scale.float() / 128 if r in weight.refits else torch.ones_like(zero) for r in widths}
+        m = {r: weight.refits[r].scale.float() / UNIT if r in weight.refits else torch.ones_like(zero) for r in widths}
         u = {r: weight.refits[r].zero.float() if r in weight.refits else zero * 2.0 ** (8 - weight.grid.bits) for r in widths}
         return Latent(weight, y.clone(), y, m, u)
 
@@ -63,7 +70,7 @@ class Latent:
 
     def bytes(self, bits: int) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         """(m, u) as the two bytes hold them."""
-        return (self.m[bits] * 128).round().clamp(1, 255) / 128, self.u[bits].round().clamp(0, 255)
+        return (self.m[bits] * UNIT).round().clamp(1, 255) / UNIT, self.u[bits].round().clamp(0, 255)
 
     def read(self, bits: int) -> Float[Tensor, "out in"]:
         """The weight at `bits`, as codes.refit_affine reads it."""
@@ -97,10 +104,9 @@ class Latent:
         low = (self.start.codes.float() - high * 2**d).clamp(0, 2**d - 1)
         codes = (high * 2**d + low).to(torch.uint8)
         refits = dict(self.start.refits)
-        for r in self.m:
-            if r in refits:
-                m, u = self.bytes(r)
-                refits[r] = Refit((m * 128).to(torch.uint8), u.to(torch.uint8))
+        for r in self.trained:
+            m, u = self.bytes(r)
+            refits[r] = Refit((m * UNIT).to(torch.uint8), u.to(torch.uint8))
         return replace(self.start, codes=codes, refits=refits)
 
 
@@ -200,8 +206,8 @@ def train(trainer: Trainer, weights: Mapping[str, NestedWeight], widths: Sequenc
     rates = {"y": recipe.refine_rate, "m": recipe.refine_rate * M_RATE, "u": recipe.refine_rate * U_RATE}
     groups = {
         "y": [latent.y for latent in latents.values()],
-        "m": [latent.m[r] for latent in latents.values() for r in widths],
-        "u": [latent.u[r] for latent in latents.values() for r in widths],
+        "m": [latent.m[r] for latent in latents.values() for r in latent.trained],
+        "u": [latent.u[r] for latent in latents.values() for r in latent.trained],
     }
     optimizer = torch.optim.Adam([{"params": groups[kind], "lr": rate} for kind, rate in rates.items()], betas=BETAS, eps=1e-30)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.refine_steps)
@@ -214,7 +220,7 @@ def train(trainer: Trainer, weights: Mapping[str, NestedWeight], widths: Sequenc
             norm = sum(dy.square().sum() for dy, _, _ in grads.values()) ** 0.5
             if not (torch.isfinite(norm) and loss < float("inf")):
                 return None
-            share = 1 / norm.clamp(min=1e-30)
+            share = recipe.importance[bits] / recipe.targets[bits] / norm.clamp(min=1e-30)
             for name, (dy, dm, du) in grads.items():
                 latents[name].y.grad += share * dy
                 latents[name].m[bits].grad, latents[name].u[bits].grad = dm, du
