@@ -32,7 +32,9 @@ def slow(w: Tensor, damped: Tensor, order: Tensor, weight: NestedWeight, grid: G
     for step, column in enumerate(order.tolist()):
         for row in range(len(running)):
             choices = np.arange(16) + (int(codes[row, column]) & 0xF0)
-            candidates = NestedWeight(torch.tensor(choices, dtype=torch.uint8)[:, None].repeat(1, 32), weight.scale[row].repeat(16, 1), None, grid, "floor")
+            candidates = NestedWeight(
+                torch.tensor(choices, dtype=torch.uint8)[:, None].repeat(1, 32), weight.scale[row].repeat(16, 1), None, grid, "floor"
+            )
             reads = candidates.read(8).dense().double().numpy()[:, column]
             best = int(np.argmin(np.abs(reads - running[row, column])))
             codes[row, column] = choices[best]
