@@ -22,7 +22,7 @@ METHOD_NAMES = ("minmax", "gptq", "block")
 
 
 def _targets() -> dict[int, float]:
-    return {8: 0.05, 4: 0.25, 3: 0.5, 2: 1.0}
+    return {8: 0.02, 4: 0.25, 3: 0.5, 2: 1.0}
 
 
 ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
