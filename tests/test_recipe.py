@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matquant.errors import MatquantError, RecipeError
-from matquant.recipe import Recipe
+from matquant.recipe import ORIGINAL, Recipe
 
 # A change here means that finished checkpoints name another recipe than a new run with the same words: say so in CHANGELOG.
-DEFAULT_HASH = "c3cf4e6246894e09445ea28bd1a8786304cd336204f9cc95c4e6af258a9ef126"
+DEFAULT_HASH = "a94cd8f3b3ac838c3aaae7f96bc942fe6c19fc16c7b9002f66a22ba0b6e67d1f"
 
 OTHER = Recipe(
     method="minmax", bits=(2, 4), targets={4: 1, 2: 3}, parent_bits=4, group_size=-1, symmetric=True, slicing="round", scale_dtype="bfloat16",
-    refit_bits=0, feedback="mean", damping=0.5, skip=("lm_head", "*.gate"), calibration="a.txt", num_samples=4, seq_len=16, eval_samples=0, seed=3,
+    refit_bits=0, feedback="mean", streams=(4,), favor=(2,), normalize=False, sweeps=0, asymmetric_calibration=0.25, rotate=True, damping=0.5, skip=("lm_head", "*.gate"), calibration="a.txt", num_samples=4, seq_len=16, eval_samples=0, seed=3,
 )  # fmt: skip
 
 
@@ -48,6 +48,28 @@ def test_differences_names_what_differs() -> None:
     assert Recipe().differences(Recipe(group_size=32, seed=1)) == ["group_size: 64 -> 32", "seed: 0 -> 1"]
 
 
+def test_favoured_widths_weigh_three_times_as_much() -> None:
+    assert Recipe(favor=(4,)).importance == {8: 0.02, 4: 0.75, 3: 0.5, 2: 1.0}
+    assert Recipe().importance == Recipe().targets
+
+
+@pytest.mark.parametrize(
+    ("given_streams", "targets", "streams", "expected"),
+    [
+        ((), {8: 1, 4: 1, 3: 1, 2: 1}, (4, 3, 2), {8: ORIGINAL, 6: ORIGINAL, 4: 4, 3: 3, 2: 2}),
+        ((8,), {8: 1, 4: 1, 2: 1}, (8,), {8: 8, 6: 8, 4: 8, 3: 8, 2: 8}),
+        ((2, 4), {8: 1, 4: 1, 2: 1}, (4, 2), {8: ORIGINAL, 4: 4, 3: 4, 2: 2}),
+        ((), {8: 1}, (), {8: ORIGINAL, 2: ORIGINAL}),
+    ],
+)
+def test_a_width_takes_the_narrowest_stream_that_is_no_narrower_than_it(
+    given_streams: tuple[int, ...], targets: dict[int, float], streams: tuple[int, ...], expected: dict[int, int]
+) -> None:
+    recipe = Recipe(streams=given_streams, targets=targets)
+    assert recipe.stream_widths == streams
+    assert {bits: recipe.stream_of(bits) for bits in expected} == expected
+
+
 def test_grid_and_layout() -> None:
     assert OTHER.grid == make_grid(4, -1, symmetric=True)
     assert OTHER.bits == (4, 2) and list(OTHER.targets) == [4, 2]
@@ -66,7 +88,7 @@ def test_every_field_says_what_it_is() -> None:
     ("given_settings", "message"),
     [
         ({"metod": "gptq"}, r"a recipe has no setting 'metod'; choose from .*\(did you mean method\?\)"),
-        ({"method": "gtpq"}, r"method is 'gtpq'; choose from minmax, gptq \(did you mean gptq\?\)"),
+        ({"method": "gtpq"}, r"method is 'gtpq'; choose from minmax, gptq, block \(did you mean gptq\?\)"),
         ({"slicing": "flor"}, r"slicing is 'flor'; choose from floor, round, round-overflow \(did you mean floor\?\)"),
         ({"scale_dtype": "float8"}, r"scale_dtype is 'float8'; choose from float16, bfloat16, float32"),
         ({"feedback": "none"}, r"feedback is 'none'; choose from per-width, mean"),
@@ -105,6 +127,15 @@ def test_every_field_says_what_it_is() -> None:
         ({"damping": 0}, "damping is 0.0; it must be a positive number"),
         ({"damping": float("nan")}, "damping is nan; it must be a positive number"),
         ({"damping": True}, "damping is True; it must look like 0.01"),
+        ({"asymmetric_calibration": 1.5}, "asymmetric_calibration is 1.5; it must be a share from 0 to 1"),
+        ({"favor": [6]}, "favor names 6 bits, which is no target; choose from 8, 4, 3, 2"),
+        ({"favor": "4"}, "favor is '4'; it must look like .*a list"),
+        ({"streams": [9]}, "cannot read 9 bits"),
+        ({"streams": ["8"], "sweeps": -1}, "sweeps is -1; it must be at least 0"),
+        ({"feedback": "mean"}, r"feedback mean keeps one running weight, which needs one stream for all targets, not that of 4 bits .*; name one"),
+        ({"method": "block", "refit_bits": 6}, "method block needs parent_bits 8, slicing floor and refit_bits up to 4"),
+        ({"refine_rate": 1.0}, "refine_rate is 1.0; it must be above 0 and below 1"),
+        ({"refine_steps": 0}, "refine_steps is 0; it must be at least 1"),
         ({"skip": "lm_head"}, "skip is 'lm_head'; it must look like .*a list"),
         ({"skip": [1]}, r"skip is \[1\]; it must look like .*text"),
         ({"calibration": None}, "calibration is None; it must look like 'self'"),

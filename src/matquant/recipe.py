@@ -39,7 +39,7 @@ def _help(text: str, **kwargs: Any) -> Any:
 class Recipe:
     method: str = _help("how codes are chosen: gptq; block (gptq, then training block by block); minmax (round to nearest)", default="gptq")
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
-    targets: Mapping[int, float] = _help("widths that are optimised and the weight of each, for instance 8:100,4:4,3:2,2:1", default_factory=_targets)
+    targets: Mapping[int, float] = _help("widths that are optimised and the weight of each, for instance 8:.02,4:.25,3:.5,2:1", default_factory=_targets)
     normalize: bool = _help(
         "count a target's loss relative to what a run dedicated to it would lose; off = raw lambdas, as in the papers", default=True
     )

@@ -40,18 +40,18 @@ def parse_bits(text: str, name: str = "bits") -> tuple[int, ...]:
 
 
 def parse_targets(text: str) -> dict[int, float]:
-    """'8:100,4:4' -> {8: 100.0, 4: 4.0}. Raises RecipeError."""
+    """'8:.02,4:.25' -> {8: 0.02, 4: 0.25}. Raises RecipeError."""
     try:
         pairs = [part.split(":") for part in text.split(",")]
         targets = {int(width): float(lam) for width, lam in pairs}
     except ValueError:
-        raise RecipeError(f"targets is {text!r}; give BITS:WEIGHT pairs, for instance 8:100,4:4,3:2,2:1") from None
+        raise RecipeError(f"targets is {text!r}; give BITS:WEIGHT pairs, for instance 8:.02,4:.25,3:.5,2:1") from None
     if len(targets) != len(pairs):
         raise RecipeError(f"targets is {text!r}; name each width once")
     return targets
 
 
-METAVARS = {"bits": "BITS,...", "targets": "BITS:WEIGHT,...", "skip": "PATTERN", "calibration": "TEXT"}
+METAVARS = {"bits": "BITS,...", "favor": "BITS,...", "streams": "BITS,...", "targets": "BITS:WEIGHT,...", "skip": "PATTERN", "calibration": "TEXT"}
 
 
 def _option(field: "Field[Any]", default: Any) -> inspect.Parameter:
@@ -72,8 +72,9 @@ def build_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
     """Defaults, then `file`, then the flags that were `given`. Raises RecipeError."""
     base = Recipe.load(file) if file else Recipe()
     values = dict(given)
-    if "bits" in values:
-        values["bits"] = parse_bits(values["bits"])
+    for name in ("bits", "favor", "streams"):
+        if name in values:
+            values[name] = parse_bits(values[name], name)
     if "targets" in values:
         values["targets"] = parse_targets(values["targets"])
     return Recipe.from_dict(base.to_dict() | values)
