@@ -134,15 +134,18 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "method": "minmax", "bits": "4,2", "targets": "4:2.5,2:1", "parent_bits": "6", "group_size": "-1", "slicing": "round", "scale_dtype": "float32",
         "refit_bits": "0", "feedback": "mean", "damping": "0.5", "calibration": "x.txt", "num_samples": "3", "seq_len": "9", "eval_samples": "0", "seed": "7",
+        "favor": "4,2", "streams": "6", "asymmetric_calibration": "0.25", "sweeps": "1", "refine_steps": "5", "refine_batch": "3", "refine_rate": "0.5",
     }  # fmt: skip
-    switches = ["--no-symmetric", "--no-overlap", "--no-clip-search", "--no-act-order", "--no-static-groups", "--no-rotate"]
+    switches = ["--no-symmetric", "--no-overlap", "--no-clip-search", "--no-act-order", "--no-static-groups", "--no-rotate", "--no-normalize"]
     given = [word for name, value in values.items() for word in (flags.flag_name(name), value)]
     recipe = recipe_of(monkeypatch, *given, *switches, "--skip", "*.o_proj", "--skip", "lm_head")
     covered = {*values, "skip", *(switch[5:].replace("-", "_") for switch in switches)}
     assert covered == {field.name for field in fields(Recipe)}
     assert recipe == Recipe(
-        "minmax", (4, 2), {4: 2.5, 2: 1.0}, 6, -1, False, False, "round", "float32", 0, False, False, False, "mean", 0.5,
-        ("*.o_proj", "lm_head"), "x.txt", 3, 9, 0, 7,
+        method="minmax", bits=(4, 2), targets={4: 2.5, 2: 1.0}, normalize=False, favor=(4, 2), parent_bits=6, group_size=-1, symmetric=False, overlap=False,
+        slicing="round", scale_dtype="float32", refit_bits=0, clip_search=False, act_order=False, static_groups=False, feedback="mean", streams=(6,),
+        asymmetric_calibration=0.25, sweeps=1, refine_steps=5, refine_batch=3, refine_rate=0.5, damping=0.5, skip=("*.o_proj", "lm_head"), calibration="x.txt",
+        num_samples=3, seq_len=9, eval_samples=0, seed=7,
     )  # fmt: skip
 
 
@@ -156,7 +159,7 @@ def test_flags_override_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--method", "gptg"], "method is 'gptg'; choose from minmax, gptq (did you mean gptq?)"),
+        (["--method", "gptg"], "method is 'gptg'; choose from minmax, gptq, block (did you mean gptq?)"),
         (["--slicing", "flor"], "slicing is 'flor'; choose from floor, round, round-overflow (did you mean floor?)"),
         (["--feedback", "meen"], "choose from per-width, mean (did you mean mean?)"),
         (["--scale-dtype", "float61"], "did you mean float16?"),
