@@ -1,5 +1,7 @@
 """The low planes alone, against a slow loop in float64."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,7 @@ def test_high_planes_stay_and_sweeps_never_raise_the_loss(overlap: bool) -> None
             assert torch.equal(fitted.read(bits).dense(), weight.read(bits).dense())
         error = w - fitted.read(8).dense()
         losses.append(((error @ factor.damped) * error).sum().item())
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(losses))
     assert losses[-1] < 0.99 * losses[0]
 
 
