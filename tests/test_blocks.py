@@ -1,4 +1,4 @@
-"""One block at a time: bounded memory, exact resumption, layers that share an input, Hessians that are no Hessians."""
+"""One block at a time: bounded memory, exact resumption, streams in memory or in files, activations that are no good."""
 
 import errno
 import os
@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matquant import blocks, calibration, models
-from matquant.blocks import BlockRun, Silent, is_whole, quantize_group, save_whole
+from matquant import activations, blocks, models
+from matquant.blocks import BlockRun, Silent, is_whole, save_whole
 from matquant.errors import InputError, ResourceError
+from matquant.groups import BlockState
 from matquant.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("quick_collect")
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_collect")
 CPU = torch.device("cpu")
 RECIPE = Recipe(group_size=32, bits=(4, 2), targets={4: 2.0, 2: 1.0}, parent_bits=4, clip_search=False)
 PLAIN = replace(RECIPE, method="minmax", refit_bits=0)
+ASYMMETRIC = replace(RECIPE, asymmetric_calibration=0.5)
 TOKENS = (torch.arange(2 * 40).reshape(2, 40) * 31 + 7) % 250
 Tiny = Callable[[str], Path]
 Edited = Callable[..., Path]
@@ -35,14 +37,16 @@ class Lines(Silent):
         self.lines.append(text)
 
 
-def run_of(model: Path, folder: Path, recipe: Recipe = RECIPE, follow: Silent | None = None, dtype: torch.dtype = torch.float32) -> BlockRun:
+def run_of(
+    model: Path, folder: Path, recipe: Recipe = RECIPE, follow: Silent | None = None, dtype: torch.dtype = torch.float32, on_disk: bool = False
+) -> BlockRun:
     source = models.open_source(str(model))
     folder.mkdir(exist_ok=True)
-    return BlockRun(source, models.find_layers(source.model, recipe), recipe, folder, CPU, dtype, follow or Silent())
+    return BlockRun(source, models.find_layers(source.model, recipe), recipe, folder, CPU, dtype, follow or Silent(), on_disk)
 
 
 def contents(folder: Path) -> dict[str, dict[str, Tensor]]:
-    return {path.name: load_file(path) for path in sorted(folder.iterdir())}
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def same(a: Path, b: Path) -> bool:
@@ -69,9 +73,9 @@ def test_one_block_in_memory(recipe: Recipe, tmp_path: Path, monkeypatch: pytest
     def count(*args: object) -> None:
         seen.append(sum(any(not parameter.is_meta for parameter in block.parameters()) for block in found))
 
-    materialize, quantize_block = models.materialize, BlockRun._quantize_block
+    materialize, quantize_block = models.materialize, BlockState.quantize
     monkeypatch.setattr(models, "materialize", lambda *args: [materialize(*args), count()])
-    monkeypatch.setattr(BlockRun, "_quantize_block", lambda *args: (count(), quantize_block(*args))[1])
+    monkeypatch.setattr(BlockState, "quantize", lambda *args: (count(), quantize_block(*args))[1])
     run.quantize(TOKENS)
     count()
     assert max(seen) == 1 and seen[-1] == 0 and len(seen) > 10
@@ -89,50 +93,29 @@ def test_what_cannot_be_read_in_parts_is_loaded_whole_and_says_so(tiny: Tiny, tm
 # --- resuming -----------------------------------------------------------------------------------------------------------
 
 
-def test_blocks_that_follow_see_quantized_ones(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block 1 is given what the model computes with block 0 read at the widest target, which here is not the widest width."""
-    recipe = replace(RECIPE, parent_bits=8, bits=(8, 4), targets={4: 1.0})
-    found: dict[str, Tensor] = {}
-    original = calibration.input_moments
-
-    def spy(*args: object) -> tuple:
-        result = original(*args)
-        found.update({name: moments.h for name, moments in result[0].items()})
-        return result
-
-    monkeypatch.setattr(calibration, "input_moments", spy)
-    run = run_of(tiny("llama"), tmp_path / "blocks", recipe)
-    run.quantize(TOKENS)
-    dense = models.load_dense("it", tiny("llama"), None, dtype=torch.float32)
-    for name in run.layers.of_block(0):
-        models.set_weight(dense.get_submodule(name), run.weight(name).read(4).dense())
-    seen: list[Tensor] = []
-    dense.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).double()))
-    with torch.no_grad():
-        for window in TOKENS:
-            dense(window[None])
-    x = torch.cat(seen)
-    torch.testing.assert_close(found["model.layers.1.self_attn.q_proj"].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("recipe", [RECIPE, PLAIN])
+@pytest.mark.parametrize("recipe", [RECIPE, PLAIN, ASYMMETRIC])
 @pytest.mark.parametrize("keep", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("on_disk", [False, True])
 def test_finished_blocks_are_not_made_again(
-    keep: tuple[int, ...], recipe: Recipe, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_disk: bool, keep: tuple[int, ...], recipe: Recipe, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_of(tiny("llama"), tmp_path / "whole", recipe)
     whole.quantize(TOKENS)
-    rest = run_of(tiny("llama"), tmp_path / "rest", recipe)
+    rest = run_of(tiny("llama"), tmp_path / "rest", recipe, on_disk=on_disk)
+    (rest.folder / "stream-2.bin").write_bytes(b"of a run that was killed")
     for index in keep:
         rest.files[index].write_bytes(whole.files[index].read_bytes())
     made: list[int] = []
-    original = BlockRun._quantize_block
-    monkeypatch.setattr(BlockRun, "_quantize_block", lambda self, index, *args: (made.append(index), original(self, index, *args))[1])
+    original = BlockState.quantize
+    monkeypatch.setattr(BlockState, "quantize", lambda self, *args: (made.append(int(self.prefix[-1])), original(self, *args))[1])
     if len(keep) == 2:
         monkeypatch.setattr(models, "materialize", lambda *args: pytest.fail("read the model, with nothing to do"))
     rest.quantize(TOKENS)
     assert made == [index for index in (0, 1) if index not in keep]
-    assert same(tmp_path / "whole", tmp_path / "rest") and whole.reports() == rest.reports()
+    assert same(tmp_path / "whole", tmp_path / "rest")
+    assert whole.reports() == rest.reports() and whole.outputs() == rest.outputs()
+    streams = {f"stream-{r}.bin" for r in (0, 4, 2)} if on_disk and recipe != PLAIN and len(keep) < 2 else {"stream-2.bin"}
+    assert {path.name for path in rest.folder.glob("stream*")} == streams
 
 
 def flip(path: Path, position: int) -> None:
@@ -199,10 +182,11 @@ def test_a_full_disk_as_safetensors_says_it(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_rounding_to_nearest_looks_at_no_activations(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "record", lambda *args: pytest.fail("ran the model"))
+    monkeypatch.setattr(activations, "record", lambda *args: pytest.fail("ran the model"))
     run = run_of(tiny("llama"), tmp_path / "blocks", PLAIN)
     assert not run.calibrated
     run.quantize(torch.zeros(0, 8, dtype=torch.long))
+    assert run.outputs() == ({}, {}) and not any(report.stages for report in run.reports())
     dense = models.load_dense("it", tiny("llama"), None)
     for report in run.reports():
         w = models.get_weight(dense.get_submodule(report.name))
@@ -231,13 +215,20 @@ def test_blocks_of_which_everything_is_skipped(tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_experts_that_no_token_reaches(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = calibration.input_moments
+    """As if a router never chose v_proj: it comes last and alone, and counts its inputs as equally strong."""
+    stages, statistics = activations.stages, activations.statistics
 
-    def unreached(*args: object) -> tuple:
-        moments, leaders = original(*args)
-        return moments, {name: leader for name, leader in leaders.items() if not name.endswith("v_proj")}
+    def unreached(block: object, call: object, hidden: Tensor, layers: dict) -> list[list[list[str]]]:
+        name = next(name for name in layers if name.endswith("v_proj"))
+        return [*stages(block, call, hidden, {other: layer for other, layer in layers.items() if other != name}), [[name]]]
 
-    monkeypatch.setattr(calibration, "input_moments", unreached)
+    def nothing(*args: object) -> dict:
+        leaders = args[5]
+        assert isinstance(leaders, list)
+        return {} if leaders[0].endswith("v_proj") else statistics(*args)
+
+    monkeypatch.setattr(activations, "stages", unreached)
+    monkeypatch.setattr(activations, "statistics", nothing)
     follow = Lines()
     run = run_of(tiny("llama"), tmp_path / "blocks", follow=follow)
     run.quantize(TOKENS)
@@ -247,32 +238,7 @@ def test_experts_that_no_token_reaches(tiny: Tiny, tmp_path: Path, monkeypatch: 
     assert "note: model.layers.1.self_attn.v_proj: no token reached it: its inputs count as equally strong" in follow.lines
 
 
-# --- groups of layers -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["gptq", "minmax"])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_stacked_layers_are_quantized_as_each_alone(method: str, symmetric: bool) -> None:
-    torch.manual_seed(0)
-    recipe = replace(RECIPE, method=method, symmetric=symmetric, clip_search=True)
-    weights = {"a": torch.randn(5, 64), "b": torch.randn(1, 64), "c": torch.randn(9, 64) * 3}
-    x = torch.randn(200, 64) * torch.rand(64)
-    h = x.T @ x / len(x)
-    together = quantize_group(weights, h, recipe)
-    assert list(together) == list(weights)
-    for name, w in weights.items():
-        alone, report = quantize_group({name: w}, h, recipe)[name]
-        mine, own = together[name]
-        assert torch.equal(mine.codes, alone.codes) and mine.codes.shape == w.shape
-        for bits in recipe.bits:
-            torch.testing.assert_close(mine.read(bits).dense(), alone.read(bits).dense(), rtol=2e-3, atol=1e-5)
-            error = (x.double() @ (mine.read(bits).dense() - w).T.double()).square().sum() / (x.double() @ w.T.double()).square().sum()
-            assert own.errors[bits] == pytest.approx(float(error), rel=1e-3) and report.errors[bits] == pytest.approx(float(error), rel=1e-2)
-
-
-def test_layers_of_zeros() -> None:
-    weight, report = quantize_group({"a": torch.zeros(3, 32)}, torch.eye(32), RECIPE)["a"]
-    assert report.errors == {4: None, 2: None} and bool(weight.scale.isfinite().all()) and bool((weight.scale > 0).all())
+# --- activations that are no good -----------------------------------------------------------------------------------------
 
 
 def finite(run: BlockRun) -> bool:
@@ -308,16 +274,15 @@ def test_activations_too_large_for_a_hessian(method: str, edited: Edited, tmp_pa
 
 
 def test_hessians_without_a_cholesky_factor(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = calibration.input_moments
+    original = activations.statistics
 
-    def broken(*args: object) -> tuple:
-        moments, leaders = original(*args)
-        for each in moments.values():
-            each.total = each.total.clone()  # a normal tensor of one made in inference mode
-            each.total[0, 1] = each.total[1, 0] = each.total.diagonal().max() * 1e4
-        return moments, leaders
+    def broken(*args: object) -> dict:
+        found = original(*args)
+        for h in (h for inputs in found.values() for h in inputs.h.values()):
+            h[0, 1] = h[1, 0] = h.diagonal().max() * 1e4
+        return found
 
-    monkeypatch.setattr(calibration, "input_moments", broken)
+    monkeypatch.setattr(activations, "statistics", broken)
     run = run_of(tiny("llama"), tmp_path / "blocks", replace(RECIPE, clip_search=True))
     run.quantize(TOKENS)
     assert finite(run) and {report.notes for report in run.reports()} == {("no Cholesky factor up to damping 1: rounded to nearest",)}
@@ -328,4 +293,4 @@ def test_errors_of_a_method_that_fails_leave_no_file(tiny: Tiny, tmp_path: Path,
     monkeypatch.setattr(blocks, "module_tensors", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run.quantize(TOKENS)
-    assert not list(run.folder.iterdir())
+    assert not list(run.folder.glob("*.safetensors*"))

@@ -1,4 +1,4 @@
-"""Text to tokens to windows; the walk over blocks is exact for every architecture; moments against hooks in float64."""
+"""Text to tokens to windows."""
 
 import json
 import sys
@@ -9,27 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
-from torch import Tensor, nn
+from torch import nn
 
 from matquant import calibration, models
 from matquant.errors import InputError
-from matquant.recipe import Recipe
 
-CPU, F32 = torch.device("cpu"), torch.float32
 Tiny = Callable[[str], Path]
 
 pytestmark = pytest.mark.usefixtures("quick_collect")
-WINDOWS = (torch.arange(3 * 40).reshape(3, 40) * 37 + 11) % 250
-QKV_UP = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
-SHARED = dict.fromkeys(["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"], QKV_UP) | {
-    "phi": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"], ["self_attn.dense"], ["mlp.fc2"]],
-    "phi3": [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]],
-    "opt": [["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"], ["self_attn.out_proj"], ["fc1"], ["fc2"]],
-    "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
-    "mixtral": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]],
-}
-
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
@@ -170,109 +157,3 @@ def test_sampling(tiny: Tiny) -> None:
     model.lm_head.bias.data.fill_(float("nan"))
     with pytest.raises(InputError, match=r"the model predicts non-finite probabilities, so no text can be sampled"):
         calibration.sample_windows(model, 256, 2, 5, 0, lambda *step: None)
-
-
-# --- the walk -----------------------------------------------------------------------------------------------------------
-
-
-def dense_inputs(model: Any, blocks: nn.ModuleList, names: list[str], windows: Tensor) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-    """(layer -> its inputs in float64, one matrix a window; the last block's output for every window) of the model's own forward."""
-    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
-    last: list[Tensor] = []
-    for name in names:
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].flatten(0, -2).double()))
-    blocks[-1].register_forward_hook(lambda _, args, out: last.append(out[0] if isinstance(out, tuple) else out))
-    with torch.no_grad():
-        for window in windows:
-            model(window[None], use_cache=False)
-    return inputs, last
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_walk_is_the_models_own_forward(name: str, tiny: Tiny) -> None:
-    """Without quantization in between, hidden states are those of the model to the bit, and so are the layers' inputs."""
-    source = models.open_source(str(tiny(name)))
-    layers = models.find_layers(source.model, Recipe(group_size=16))
-    prefix, blocks = models.find_blocks(source.model)
-    models.materialize_around(source, prefix, CPU, F32)
-    models.materialize(source, blocks[0], f"{prefix}.0", CPU, F32)
-    calls, hidden = calibration.record(source.model, blocks, WINDOWS, CPU)
-    assert len(calls) == 2 and len(hidden) == 3 and all("forward" not in vars(block) for block in blocks)
-    dense = models.load_dense("it", tiny(name), None, dtype=F32)
-    inputs, last = dense_inputs(dense, models.find_blocks(dense)[1], list(layers.quantized), WINDOWS)
-    for index, block in enumerate(blocks):
-        if index:
-            models.materialize(source, block, f"{prefix}.{index}", CPU, F32)
-        names = layers.of_block(index)
-        moments, leaders = calibration.input_moments(block, calls[index], hidden, names, f"{prefix}.{index}")
-        assert [[n for n in names if leaders[n] == leader] for leader in moments] == [
-            [f"{prefix}.{index}.{part}" for part in group] for group in SHARED[name]
-        ]
-        for layer in names:
-            x = torch.cat(inputs[layer])
-            found = moments[leaders[layer]]
-            assert found.tokens == len(x) == WINDOWS.numel()
-            torch.testing.assert_close(found.h.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5 * float(x.square().mean()))
-        calibration.propagate(block, calls[index], hidden)
-        models.release(block)
-    assert all(torch.equal(a, b) for a, b in zip(hidden, last, strict=True))
-
-
-def test_sliding_windows_are_walked_with_their_masks(tiny: Tiny) -> None:
-    """A window of 32 tokens hides the first 8 of 40 from the last: the walk above would pass without masks if they did nothing."""
-    source = models.open_source(str(tiny("gemma3")))
-    prefix, blocks = models.find_blocks(source.model)
-    models.materialize_around(source, prefix, CPU, F32)
-    models.materialize(source, blocks[0], f"{prefix}.0", CPU, F32)
-    calls, hidden = calibration.record(source.model, blocks, WINDOWS[:1], CPU)
-    unmasked = calibration.Call(calls[0].args, calls[0].kwargs | {"attention_mask": None}, calls[0].named)
-    with torch.inference_mode():
-        assert not torch.equal(calls[0](blocks[0], hidden[0]), unmasked(blocks[0], hidden[0]))
-
-
-class Block(nn.Module):
-    """Called by name, returns a tuple; its second layer shares the first one's input, its third is reached by some windows only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.rare = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, hidden_states: Tensor, *, scale: float) -> tuple[Tensor, None]:
-        out = (self.a(hidden_states) + self.b(hidden_states)) * scale
-        return (self.rare(out) if hidden_states.detach()[0, 0, 0].item() > 5 else out), None
-
-
-class Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def forward(self, ids: Tensor, use_cache: bool) -> Tensor:
-        x = ids[..., None].expand(-1, -1, 4).float()
-        for scale, block in enumerate(self.blocks, 1):
-            x = block(hidden_states=x, scale=float(scale))[0]
-        return x
-
-
-def test_other_ways_to_call_a_block() -> None:
-    torch.manual_seed(0)
-    toy, windows = Toy(), torch.tensor([[1, 2, 3], [9, 2, 3]])
-    calls, hidden = calibration.record(toy, toy.blocks, windows, CPU)
-    assert [call.kwargs for call in calls] == [{"scale": 1.0}, {"scale": 2.0}] and all(call.named for call in calls)
-    names = ["blocks.0.a", "blocks.0.b", "blocks.0.rare"]
-    moments, leaders = calibration.input_moments(toy.blocks[0], calls[0], hidden, names, "blocks.0")
-    assert leaders == {"blocks.0.a": "blocks.0.a", "blocks.0.b": "blocks.0.a", "blocks.0.rare": "blocks.0.rare"}
-    assert (moments["blocks.0.a"].tokens, moments["blocks.0.rare"].tokens) == (6, 3)
-    moments, leaders = calibration.input_moments(toy.blocks[0], calls[0], hidden[:1], names, "blocks.0")
-    assert "blocks.0.rare" not in leaders and "blocks.0.rare" not in moments
-    for call, block in zip(calls, toy.blocks, strict=True):
-        calibration.propagate(block, call, hidden)
-    assert all(torch.equal(x, toy(w[None], False)) for x, w in zip(hidden, windows, strict=True))
-
-
-def test_a_model_that_does_not_call_its_blocks() -> None:
-    toy = Toy()
-    toy.forward = lambda ids, use_cache: ids  # type: ignore[method-assign]
-    with pytest.raises(InputError, match=r"never called its decoder blocks; its architecture cannot be walked block by block"):
-        calibration.record(toy, toy.blocks, torch.zeros(1, 3, dtype=torch.long), CPU)
-    assert all("forward" not in vars(block) for block in toy.blocks)

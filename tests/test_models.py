@@ -314,7 +314,7 @@ def test_weights_are_seen_as_out_in(layer: nn.Module) -> None:
     assert models.layer_shape(layer) == Shape(5, 3) and before.shape == (5, 3)
     torch.testing.assert_close(layer(x), x @ before.T + layer.bias)
     other = torch.randn(5, 3)
-    models.set_weight(layer, other)
+    layer.weight.data = models.held_as(layer, other)
     torch.testing.assert_close(layer(x), x @ other.T + layer.bias)
     assert not torch.equal(before, other)
 

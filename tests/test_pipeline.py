@@ -21,7 +21,7 @@ from conftest import ARCHITECTURES
 from torch import Tensor
 
 import matquant
-from matquant import blocks, calibration, models, pipeline
+from matquant import activations, blocks, calibration, groups, models, pipeline
 from matquant.checkpoint import Checkpoint, files, verify, writing
 from matquant.errors import InputError, MatquantError, RecipeError, ResourceError, ResumeError
 from matquant.pipeline import RunOptions, quantize
@@ -41,6 +41,7 @@ def no_plot(request: pytest.FixtureRequest, quick_collect: None, monkeypatch: py
     """Plots take longer than all the rest of a run of a tiny model; the tests that ask for them have `plot` in their names."""
     if "plot" not in request.node.name:
         monkeypatch.setattr(pipeline, "quality_svg", lambda rows: None)
+        monkeypatch.setattr(pipeline, "errors_svg", lambda layers, outputs: None)
 
 
 @pytest.fixture
@@ -54,6 +55,7 @@ def want(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("want") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "quality_svg", lambda rows: None)
+        patch.setattr(pipeline, "errors_svg", lambda layers, outputs: None)
         quantize(str(tiny("llama")), folder, replace(SMALL, calibration=str(text)), RunOptions())
     return folder
 
@@ -107,7 +109,8 @@ def test_every_architecture(name: str, tiny: Tiny, text: Path, tmp_path: Path) -
     for bits in (8, 2):
         matquant.set_bits(model, bits)
         for module in checkpoint.modules:
-            models.set_weight(dense.get_submodule(module), checkpoint.read(module).read(bits).dense())
+            layer = dense.get_submodule(module)
+            layer.weight.data = models.held_as(layer, checkpoint.read(module).read(bits).dense())
         with torch.no_grad():
             logits = model(IDS).logits
             torch.testing.assert_close(logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
@@ -128,7 +131,8 @@ def test_the_folder(tiny: Tiny, recipe: Recipe, tmp_path: Path) -> None:
     assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "float32"
     assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
     saved = Report.from_dict(json.loads((out / "report.json").read_text()))
-    assert saved.rows == report.rows and saved.layers == report.layers
+    assert saved.rows == report.rows and saved.layers == report.layers and saved.outputs == report.outputs
+    assert len(report.outputs) == 2 and all(0 < output[3] < output[2] < 1 for output in report.outputs)
     assert report.protocol is not None and report.protocol.text == f"{recipe.calibration}, the part not calibrated on"
     assert saved.protocol == replace(report.protocol, text="calibration.txt, the part not calibrated on")
     assert report.rows[1].file_bytes == Checkpoint.open(out).bytes_for(3) - sum((out / n).stat().st_size for n in ("README.md", "report.json")) - (
@@ -150,15 +154,29 @@ def test_plot_and_license(edited: Edited, recipe: Recipe, tmp_path: Path) -> Non
     folder = edited("llama")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# model\n")
     quantize(str(folder), tmp_path / "out", recipe, RunOptions())
-    assert (tmp_path / "out" / "quality.svg").read_bytes().startswith(b"<?xml")
+    assert all((tmp_path / "out" / name).read_bytes().startswith(b"<?xml") for name in ("quality.svg", "errors.svg"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "license: mit" in card and "(quality.svg)" in card and verify(tmp_path / "out") == []
+    assert "license: mit" in card and "(quality.svg)" in card and "(errors.svg)" in card and verify(tmp_path / "out") == []
 
 
 def test_equal_runs_give_equal_bytes(tiny: Tiny, recipe: Recipe, want: Path, tmp_path: Path) -> None:
     torch.rand(5)  # whatever state the process is in
     quantize(str(tiny("llama")), tmp_path / "again", recipe, RunOptions())
     assert sums(tmp_path / "again") == sums(want)
+
+
+def test_streams_on_disk_give_equal_bytes(tiny: Tiny, recipe: Recipe, want: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without and with an interruption, and with the streams where they were not before: that is no other run."""
+    options = RunOptions(streams_on_disk=True)
+    quantize(str(tiny("llama")), tmp_path / "again", recipe, options)
+    assert sums(tmp_path / "again") == sums(want)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(activations, "propagate", 2, patch)
+        quantize(str(tiny("llama")), out, recipe, options)
+    assert {path.name for path in (partial(out) / "blocks").glob("stream*")} == {"stream-0.bin", "stream-2.bin", "stream-3.bin"}
+    quantize(str(tiny("llama")), out, recipe, RESUME)
+    assert sums(out) == sums(want) and not partial(out).exists()
 
 
 def test_sampled_calibration(tiny: Tiny, tmp_path: Path) -> None:
@@ -174,15 +192,15 @@ def test_sampled_calibration(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_rounding_to_nearest_needs_no_text(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("record", "read_texts", "sample_windows"):
-        monkeypatch.setattr(calibration, name, lambda *args: pytest.fail("calibrated"))
+    for module, name in ((activations, "record"), (calibration, "read_texts"), (calibration, "sample_windows")):
+        monkeypatch.setattr(module, name, lambda *args: pytest.fail("calibrated"))
     report = quantize(str(tiny("llama")), tmp_path / "out", replace(FAST, seq_len=4000), RunOptions())
     assert report.rows == () and report.protocol is None and len(report.layers) == 14 and verify(tmp_path / "out") == []
     assert "Not measured" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_rounding_to_nearest_can_be_measured(tiny: Tiny, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "record", lambda *args: pytest.fail("calibrated"))
+    monkeypatch.setattr(activations, "record", lambda *args: pytest.fail("calibrated"))
     report = quantize(str(tiny("llama")), tmp_path / "out", replace(recipe, method="minmax", refit_bits=0, eval_samples=3), RunOptions())
     assert report.protocol is not None and report.protocol.sequences == 3 and len(report.rows) == 3
 
@@ -281,6 +299,7 @@ def kill_everywhere(model: str, text: str, folder: Path, stride: int, options: R
     """Kill a run before each of its steps (every `stride`-th), resume, compare. Needs a process without threads."""
     torch.set_num_threads(1)
     pipeline.quality_svg = lambda rows: None
+    pipeline.errors_svg = lambda layers, outputs: None
     gc.freeze()
     out, want, recipe = folder / "out", folder / "want", replace(SMALL, calibration=text)
     quantize(model, want, recipe, RunOptions(overwrite=True))
@@ -341,7 +360,7 @@ def interrupted(tiny: Tiny, recipe: Recipe, tmp_path: Path) -> Iterator[Path]:
     """The output of a run that was interrupted in its second block."""
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        crash_at(calibration, "input_moments", 2, patch)
+        crash_at(activations, "propagate", 2, patch)
         with pytest.raises(Crash):
             quantize(str(tiny("llama")), out, recipe, RunOptions())
     assert not out.exists() and sorted(path.name for path in (partial(out) / "blocks").iterdir()) == ["00000.safetensors"]
@@ -352,8 +371,8 @@ def interrupted(tiny: Tiny, recipe: Recipe, tmp_path: Path) -> Iterator[Path]:
     "module, name, number",
     [
         (calibration, "read_texts", 1),
-        (calibration, "propagate", 1),
-        (blocks, "quantize_group", 3),
+        (activations, "propagate", 1),
+        (groups, "quantize_group", 3),
         (pipeline, "write", 1),
         (pipeline, "evaluate", 1),
         (pipeline, "add_files", 1),
@@ -414,7 +433,7 @@ def test_another_model_is_refused(edited: Edited, tiny: Tiny, recipe: Recipe, tm
     """One weight changed, in a file of the same size and time; a tokenizer's; a file more; another folder."""
     folder, out = edited("llama"), tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_at(calibration, "input_moments", 2, patch)
+        crash_at(activations, "propagate", 2, patch)
         quantize(str(folder), out, recipe, RunOptions())
     weights, good = folder / "model.safetensors", (folder / "model.safetensors").read_bytes()
     stat = weights.stat()
@@ -616,7 +635,7 @@ def test_too_little_memory(tiny: Tiny, recipe: Recipe, tmp_path: Path, monkeypat
             monkeypatch.context() as patch,
             pytest.raises(ResourceError, match=r"out of memory \(.*\); use a smaller --num-samples or a machine with"),
         ):
-            patch.setattr(blocks, "quantize_group", full)
+            patch.setattr(groups, "quantize_group", full)
             quantize(str(tiny("llama")), tmp_path / "out", recipe, OVERWRITE)
     quantize(str(tiny("llama")), tmp_path / "out", recipe, RESUME)
 

@@ -121,6 +121,16 @@ def test_every_field_says_what_it_is() -> None:
         ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
         ({"seq_len": 1}, "seq_len is 1; it must be at least 2"),
         ({"eval_samples": -1}, "eval_samples is -1; it must be at least 0"),
+        ({"sweeps": -1}, "sweeps is -1; it must be at least 0"),
+        ({"normalize": "yes"}, "normalize is 'yes'; it must look like True"),
+        ({"favor": [6]}, r"favor names 6 bits, which is no target; choose from 8, 4, 3, 2"),
+        ({"favor": 4}, "favor is 4; it must look like .*a list"),
+        ({"streams": [9]}, "cannot read 9 bits from a 8-bit parent"),
+        ({"streams": [1]}, "cannot read 1 bits"),
+        ({"streams": [2.5]}, r"streams is \[2.5\]; it must look like"),
+        ({"asymmetric_calibration": 1.5}, "asymmetric_calibration is 1.5; it must be a share from 0 to 1, for instance 0.5"),
+        ({"asymmetric_calibration": -0.1}, "asymmetric_calibration is -0.1"),
+        ({"asymmetric_calibration": float("nan")}, "asymmetric_calibration is nan"),
         ({"refit_bits": -1}, "refit_bits is -1; it must be at least 0"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"seed": 2**63}, r"seed is 9223372036854775808; it must be below 2\^63"),
@@ -146,6 +156,39 @@ def test_every_field_says_what_it_is() -> None:
 def test_refusals(given_settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Recipe.from_dict(given_settings)
+
+
+def test_mean_feedback_needs_one_stream_for_all_targets() -> None:
+    """The default streams of 8, 4 and 3 bits are three; also where only one of them is a width's own."""
+    mean = {"feedback": "mean", "targets": {8: 1, 4: 1}}
+    with pytest.raises(
+        RecipeError, match=r"feedback mean keeps one running weight, which needs one stream for all targets, not that of 4 bits and the original's"
+    ):
+        Recipe.from_dict(mean)
+    with pytest.raises(RecipeError, match=r"not that of 4 bits and that of 3 bits; name one, for instance --streams 4"):
+        Recipe.from_dict({"feedback": "mean", "targets": {4: 1, 3: 1}, "parent_bits": 4, "bits": [4]})
+    with pytest.raises(RecipeError, match=r"name one, for instance --streams 8"):
+        Recipe.from_dict({"feedback": "mean", "streams": [8, 4]})
+    for streams in ((8,), (6,)):
+        Recipe.from_dict({"feedback": "mean", "targets": {6: 1, 4: 1}, "streams": streams})
+    Recipe(feedback="mean", targets={8: 1})
+    Recipe(feedback="mean", targets={3: 1})
+
+
+def test_favoured_widths_count_three_times() -> None:
+    recipe = Recipe(favor=(4, 2))
+    assert recipe.importance == {r: lam * (3 if r in (4, 2) else 1) for r, lam in recipe.targets.items()}
+    assert Recipe().importance == Recipe().targets
+
+
+def test_streams_are_kept_in_order_and_once() -> None:
+    assert Recipe(streams=(2, 4, 2)).streams == (4, 2) and Recipe(streams=(2, 4)).hash == Recipe(streams=(4, 2)).hash
+    assert Recipe().stream_widths == (4, 3, 2) and Recipe(streams=(6, 2)).stream_widths == (6, 2)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_that_come_along_can_be_read(path: Path) -> None:
+    assert Recipe.load(path).hash
 
 
 @pytest.mark.parametrize(

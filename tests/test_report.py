@@ -30,12 +30,19 @@ ROWS = (
     Row("3.5", None, 3.6, 4.8, 80_000_000, 30.1, 0.5, 9.0, 0.8),
 )
 LAYERS = (
-    LayerReport("model.layers.0.self_attn.q_proj", Shape(64, 32), {2: 0.25, 8: 1.5e-6}, ("more damping",)),
+    LayerReport(
+        "model.layers.0.self_attn.q_proj",
+        Shape(64, 32),
+        {2: 0.25, 8: 1.5e-6},
+        ("more damping",),
+        {"gptq": {8: 2e-6, 2: 0.5}, "sweeps": {8: 2e-6, 2: None}},
+    ),
     LayerReport("model.layers.0.mlp.down_proj", Shape(64, 96), {2: 0.5, 8: None}),
 )
 REPORT = Report(
     model="org/tiny", base_model="org/tiny", recipe=Recipe(calibration="wiki.txt"), rows=ROWS, layers=LAYERS,
     protocol=Protocol(512, 512, 16352, 32, "token 1 leads every sequence", "wiki.test.raw"), skipped=(("lm_head", "tied to the embedding"),),
+    outputs=({4: 1e-3, 2: 0.1}, {4: 2e-3, 2: 0.2}),
 )  # fmt: skip
 
 
@@ -44,7 +51,7 @@ REPORT = Report(
 
 def test_round_trip() -> None:
     assert Report.from_dict(json.loads(REPORT.to_json())) == REPORT
-    unmeasured = replace(REPORT, rows=(), protocol=None, base_model=None, skipped=(), layers=())
+    unmeasured = replace(REPORT, rows=(), protocol=None, base_model=None, skipped=(), layers=(), outputs=())
     assert Report.from_dict(json.loads(unmeasured.to_json())) == unmeasured
 
 
@@ -52,6 +59,10 @@ def test_values_that_are_not_finite_become_null() -> None:
     odd = replace(REPORT, layers=(LayerReport("a", Shape(1, 1), {2: float("nan"), 3: float("inf"), 4: 1.0}),))
     assert json.loads(odd.to_json())["layers"][0]["errors"] == {"4": 1.0, "3": None, "2": None}
     assert Report.from_dict(odd.to_dict()).layers[0].errors == {4: 1.0, 3: None, 2: None}
+    stages = replace(odd, layers=(replace(LAYERS[0], stages={"gptq": {2: float("nan"), 4: 1.0}}),), outputs=({4: float("inf"), 2: 0.5},))
+    assert json.loads(stages.to_json())["layers"][0]["stages"] == {"gptq": {"4": 1.0, "2": None}}
+    back = Report.from_dict(json.loads(stages.to_json()))
+    assert back.layers[0].stages == {"gptq": {4: 1.0, 2: None}} and back.outputs == ({2: 0.5},)
 
 
 def test_absolute_paths_are_cut_to_a_name() -> None:
@@ -85,7 +96,15 @@ def test_nothing_in_it_depends_on_when_or_where() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "report.json has version 2; this matquant reads version 1; install a newer matquant"),
+        (lambda d: d.update(version=3), "report.json has version 3; this matquant reads version 2; install a newer matquant"),
+        (lambda d: d.pop("outputs"), "is not what matquant writes: KeyError"),
+        (lambda d: d.update(outputs=[1.0]), "is not what matquant writes"),
+        (lambda d: d.update(outputs=[{"x": 1.0}]), "is not what matquant writes"),
+        (lambda d: d["outputs"][0].update({"2": "0.1"}), "'0.1' is not a finite number"),
+        (lambda d: d["layers"][0].pop("stages"), "is not what matquant writes: KeyError"),
+        (lambda d: d["layers"][0].update(stages=[]), "is not what matquant writes"),
+        (lambda d: d["layers"][0].update(stages={"gptq": [1]}), "is not what matquant writes"),
+        (lambda d: d["layers"][0]["stages"]["gptq"].update({"2": True}), "True is not a finite number"),
         (lambda d: d.pop("rows"), "report.json is not what matquant writes: KeyError.*run matquant eval for fresh numbers"),
         (lambda d: d.update(rows=[{}]), "a row has"),
         (lambda d: d["rows"][0].update(perplexity="17"), "'17' is not a finite number"),
@@ -211,6 +230,17 @@ def test_the_plot_without_an_original_has_one_panel() -> None:
     assert plot.quality_svg([]) is None and plot.quality_svg(ROWS[:1]) is None
 
 
+def test_errors_along_the_depth_are_drawn() -> None:
+    pytest.importorskip("matplotlib", reason="the plot is an extra: pip install 'matquant[plot]'")
+    both = plot.errors_svg(LAYERS, REPORT.outputs)
+    assert both is not None and both == plot.errors_svg(LAYERS, REPORT.outputs) and b"<dc:date>" not in both
+    words = ["relative output error of each layer", "relative error of each block", "8 bits", "2 bits"]
+    assert all(word in both.decode() for word in words)
+    layers_alone = plot.errors_svg(LAYERS, ({}, {}))
+    assert layers_alone is not None and b"of each block" not in layers_alone
+    assert plot.errors_svg([], REPORT.outputs) is None and plot.errors_svg([LayerReport("a", Shape(1, 1), {2: None, 8: 0.0})], ()) is None
+
+
 def test_without_matplotlib_there_is_no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
@@ -222,7 +252,7 @@ def test_without_matplotlib_there_is_no_plot(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not plot.available()
-    assert plot.quality_svg(ROWS) is None
+    assert plot.quality_svg(ROWS) is None and plot.errors_svg(LAYERS, REPORT.outputs) is None
 
 
 # --- model card -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ A stream is what flows through the model when every layer before is read at that
 its Hessians are those of the inputs that it will see.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -158,8 +159,7 @@ def stages(block: nn.Module, call: Call, hidden: Tensor, layers: Mapping[str, nn
     """The layers in the order in which a block calls them: stages of groups of layers.
 
     Layers that are handed the very same tensor (q, k, v; gate, up) are a group: they have one H. A later stage's inputs depend on
-    an earlier stage's layers. Groups whose layers have the same last names (the experts of one kind) are taken for one
-    stage. Layers that no token reaches (`hidden` has none for them) come last, each alone.
+    an earlier stage's layers. Groups whose layers' names differ in numbers only (the experts of one kind) are one stage. Layers that no token reaches (`hidden` has none for them) come last, each alone.
     """
     groups: dict[str, list[str]] = {}
     seen: list[tuple[Tensor, str]] = []  # of the call under way; holding the tensor keeps its identity its own
@@ -183,7 +183,7 @@ def stages(block: nn.Module, call: Call, hidden: Tensor, layers: Mapping[str, nn
     seen.clear()
     by_kind: dict[tuple[str, ...], list[list[str]]] = {}
     for members in groups.values():
-        by_kind.setdefault(tuple(name.rpartition(".")[2] for name in members), []).append(members)
+        by_kind.setdefault(tuple(re.sub(r"\.\d+\.", ".*.", name) for name in members), []).append(members)
     return [*by_kind.values(), *([[name]] for name in layers if name not in leader)]
 
 

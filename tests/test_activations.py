@@ -1,0 +1,338 @@
+"""Walking a model block by block: exact for every architecture; stages, streams and moments against hooks and sums in float64."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from torch import Tensor, nn
+
+from matquant import activations, models
+from matquant.activations import Inputs
+from matquant.errors import InputError
+from matquant.recipe import ORIGINAL, Recipe
+
+CPU, F32 = torch.device("cpu"), torch.float32
+Tiny = Callable[[str], Path]
+Weights = dict[int, dict[str, Tensor]]
+
+pytestmark = pytest.mark.usefixtures("quick_collect")
+WINDOWS = (torch.arange(3 * 40).reshape(3, 40) * 37 + 11) % 250
+LLAMA = [
+    [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]],
+    [["self_attn.o_proj"]],
+    [["mlp.gate_proj", "mlp.up_proj"]],
+    [["mlp.down_proj"]],
+]
+STAGES = dict.fromkeys(["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"], LLAMA) | {
+    "phi": [[["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"]], [["self_attn.dense"]], [["mlp.fc2"]]],
+    "phi3": [[["self_attn.qkv_proj"]], [["self_attn.o_proj"]], [["mlp.gate_up_proj"]], [["mlp.down_proj"]]],
+    "opt": [[["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]], [["self_attn.out_proj"]], [["fc1"]], [["fc2"]]],
+    "gpt2": [[["attn.c_attn"]], [["attn.c_proj"]], [["mlp.c_fc"]], [["mlp.c_proj"]]],
+    "mixtral": LLAMA[:2],
+}  # fmt: skip
+
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
+
+
+class Walk:
+    """One model's blocks, with what is recorded of them. Layers by their full names."""
+
+    def __init__(self, folder: Path, windows: Tensor = WINDOWS) -> None:
+        self.source = models.open_source(str(folder))
+        self.layers = models.find_layers(self.source.model, Recipe(group_size=16))
+        self.prefix, self.blocks = models.find_blocks(self.source.model)
+        models.materialize_around(self.source, self.prefix, CPU, F32)
+        for index, block in enumerate(self.blocks):
+            models.materialize(self.source, block, f"{self.prefix}.{index}", CPU, F32)
+        self.calls, self.hidden = activations.record(self.source.model, self.blocks, windows, CPU)
+
+    def of_block(self, index: int) -> dict[str, nn.Module]:
+        return {name: self.blocks[index].get_submodule(name.removeprefix(f"{self.prefix}.{index}.")) for name in self.layers.of_block(index)}
+
+    def held(self, index: int) -> dict[str, Tensor]:
+        return {name: layer.weight.data.clone() for name, layer in self.of_block(index).items()}
+
+
+def dense_inputs(model: Any, blocks: nn.ModuleList, names: list[str], windows: Tensor) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    """(layer -> its inputs in float64, one matrix a window; the last block's output for every window) of the model's own forward."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    last: list[Tensor] = []
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].flatten(0, -2).double()))
+    blocks[-1].register_forward_hook(lambda _, args, out: last.append((out[0] if isinstance(out, tuple) else out)[0]))
+    with torch.no_grad():
+        for window in windows:
+            model(window[None], use_cache=False)
+    return inputs, last
+
+
+def spelled(stages: list[list[list[str]]], prefix: str) -> list[list[list[str]]]:
+    """Without the prefix; the order within a group is the model's own affair."""
+    return [[sorted(name.removeprefix(prefix) for name in group) for group in stage] for stage in stages]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_walk_is_the_models_own_forward(name: str, tiny: Tiny) -> None:
+    """Without quantization in between, hidden states are those of the model to the bit, and so are the layers' inputs."""
+    walk = Walk(tiny(name))
+    assert len(walk.calls) == 2 and len(walk.hidden) == 3 and all("forward" not in vars(block) for block in walk.blocks)
+    dense = models.load_dense("it", tiny(name), None, dtype=F32)
+    inputs, last = dense_inputs(dense, models.find_blocks(dense)[1], list(walk.layers.quantized), WINDOWS)
+    streams = {ORIGINAL: walk.hidden.clone()}
+    for index, block in enumerate(walk.blocks):
+        layers, weights = walk.of_block(index), {ORIGINAL: walk.held(index)}
+        stages = activations.stages(block, walk.calls[index], streams[ORIGINAL], layers)
+        expected = [[sorted(group) for group in stage] for stage in STAGES[name]]
+        assert spelled(stages, f"{walk.prefix}.{index}.") == expected
+        for stage in stages:
+            leaders = [group[0] for group in stage]
+            found = activations.statistics(block, walk.calls[index], streams, weights, layers, leaders, cross=False)
+            assert sorted(found) == sorted(leaders)
+            for group in stage:
+                for layer in group:
+                    x = torch.cat(inputs[layer])
+                    h = found[group[0]].h[ORIGINAL].double()
+                    torch.testing.assert_close(h, x.T @ x / len(x), rtol=1e-4, atol=1e-5 * float(x.square().mean()))
+        assert activations.propagate(block, walk.calls[index], streams, weights, layers) == {}
+    assert all(torch.equal(a, b) for a, b in zip(streams[ORIGINAL], last, strict=True))
+
+
+def test_sliding_windows_are_walked_with_their_masks(tiny: Tiny) -> None:
+    """A window of 32 tokens hides the first 8 of 40 from the last: the walk above would pass without masks if they did nothing."""
+    walk = Walk(tiny("gemma3"), WINDOWS[:1])
+    calls, hidden, blocks = walk.calls, walk.hidden, walk.blocks
+    unmasked = activations.Call(calls[0].args, calls[0].kwargs | {"attention_mask": None}, calls[0].named)
+    with torch.inference_mode():
+        assert not torch.equal(calls[0](blocks[0], hidden), unmasked(blocks[0], hidden))
+
+
+class Block(nn.Module):
+    """Called by name, returns a tuple; its second layer shares the first one's input, its third is reached by some windows only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.rare = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor, *, scale: float) -> tuple[Tensor, None]:
+        out = (self.a(hidden_states) + self.b(hidden_states)) * scale
+        return (self.rare(out) if hidden_states.detach()[0, 0, 0].item() > 5 else out), None
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, ids: Tensor, use_cache: bool) -> Tensor:
+        x = ids[..., None].expand(-1, -1, 4).float()
+        for scale, block in enumerate(self.blocks, 1):
+            x = block(hidden_states=x, scale=float(scale))[0]
+        return x
+
+
+def test_other_ways_to_call_a_block() -> None:
+    torch.manual_seed(0)
+    toy, windows = Toy(), torch.tensor([[1, 2, 3], [9, 2, 3]])
+    calls, hidden = activations.record(toy, toy.blocks, windows, CPU)
+    assert [call.kwargs for call in calls] == [{"scale": 1.0}, {"scale": 2.0}] and all(call.named for call in calls)
+    layers = dict(toy.blocks[0].named_children())
+    assert activations.stages(toy.blocks[0], calls[0], hidden, layers) == [[["a", "b"]], [["rare"]]]
+    held = {ORIGINAL: {name: layer.weight.data for name, layer in layers.items()}}
+    find = lambda x: activations.statistics(toy.blocks[0], calls[0], {ORIGINAL: x}, held, layers, ["a", "rare"], False)  # noqa: E731
+    both = find(hidden)
+    x = hidden.flatten(0, 1)
+    torch.testing.assert_close(both["a"].h[ORIGINAL], x.T @ x / 6)
+    out = (toy.blocks[0].a(hidden[1]) + toy.blocks[0].b(hidden[1])).detach()
+    torch.testing.assert_close(both["rare"].h[ORIGINAL], out.T @ out / 3)  # the tokens that reach it
+    assert list(find(hidden[:1])) == ["a"]
+    assert activations.stages(toy.blocks[0], calls[0], hidden[:1], layers) == [[["a", "b"]], [["rare"]]]  # last, for want of tokens
+    for call, block in zip(calls, toy.blocks, strict=True):
+        names = dict(block.named_children())
+        activations.propagate(block, call, {ORIGINAL: hidden}, {ORIGINAL: {name: layer.weight.data for name, layer in names.items()}}, names)
+    assert all(torch.equal(x, toy(w[None], False)[0]) for x, w in zip(hidden, windows, strict=True))
+
+
+def test_a_model_that_does_not_call_its_blocks() -> None:
+    toy = Toy()
+    toy.forward = lambda ids, use_cache: ids  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"never called its decoder blocks; its architecture cannot be walked block by block"):
+        activations.record(toy, toy.blocks, torch.zeros(1, 3, dtype=torch.long), CPU)
+    assert all("forward" not in vars(block) for block in toy.blocks)
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+WIDTHS = (4, 2)
+
+
+def quantized(held: dict[str, Tensor], size: float, seed: int) -> dict[str, Tensor]:
+    """Weights with an error, as if read at some width."""
+    g = torch.Generator().manual_seed(seed)
+    return {name: w + size * w.std() * torch.randn(w.shape, generator=g) for name, w in held.items()}
+
+
+def drifted(walk: Walk, index: int) -> tuple[dict[int, Tensor], Weights]:
+    """Streams that differ, and other weights of every layer in each."""
+    g = torch.Generator().manual_seed(9)
+    streams = {r: walk.hidden + size * torch.randn(walk.hidden.shape, generator=g) for r, size in ((ORIGINAL, 0.0), (4, 0.1), (2, 0.5))}
+    held = walk.held(index)
+    return streams, {ORIGINAL: held, 4: quantized(held, 0.1, 4), 2: quantized(held, 0.5, 2)}
+
+
+def layer_inputs(walk: Walk, index: int, hidden: Tensor, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """(inputs of every layer in float64, one matrix over all tokens; the block's outputs) with these weights, slowly."""
+    block, layers = walk.blocks[index], walk.of_block(index)
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].flatten(0, -2).double()))
+        for name, layer in layers.items()
+    ]
+    for name, layer in layers.items():
+        layer.weight.data = weights[name].clone()
+    with torch.no_grad():
+        outputs = torch.cat([walk.calls[index](block, x[None]) for x in hidden])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}, outputs
+
+
+def test_moments_of_every_stream_are_those_of_its_own_inputs_and_weights(tiny: Tiny) -> None:
+    """H_r = X_r^T X_r / n and C_r = (X - X_r)^T X_r / n, explicitly, for the layers of every stage."""
+    walk = Walk(tiny("llama"))
+    streams, weights = drifted(walk, 1)
+    slow = {r: layer_inputs(walk, 1, streams[r], weights[r])[0] for r in streams}
+    layers = walk.of_block(1)
+    for stage in activations.stages(walk.blocks[1], walk.calls[1], streams[ORIGINAL], layers):
+        leader = stage[0][0]
+        found = activations.statistics(walk.blocks[1], walk.calls[1], streams, weights, layers, [leader], cross=True)[leader]
+        assert set(found.h) == {ORIGINAL, 4, 2} and set(found.cross) == {4, 2}
+        for r, h in found.h.items():
+            x = slow[r][leader]
+            torch.testing.assert_close(h.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5 * float(x.square().mean()))
+        for r, c in found.cross.items():
+            x = slow[r][leader]
+            torch.testing.assert_close(c.double(), (slow[ORIGINAL][leader] - x).T @ x / len(x), rtol=1e-3, atol=1e-4 * float(x.square().mean()))
+            assert (found.h[r] - found.h[ORIGINAL]).abs().max() > 0.01 * found.h[r].abs().max(), "the streams do not differ"
+
+
+def test_later_layers_see_what_passed_the_quantized_ones_before_them(tiny: Tiny) -> None:
+    """The same stream; only q, k, v replaced: o's inputs change, q's do not."""
+    walk = Walk(tiny("llama"))
+    held, layers = walk.held(0), walk.of_block(0)
+    o, q = (f"model.layers.0.self_attn.{part}_proj" for part in "oq")
+    changed = held | {name: w for name, w in quantized(held, 0.5, 1).items() if name.endswith(("q_proj", "k_proj", "v_proj"))}
+
+    def moments(weights: dict[str, Tensor]) -> dict[str, Inputs]:
+        streams = {2: walk.hidden.clone()}
+        return activations.statistics(walk.blocks[0], walk.calls[0], streams, {2: weights}, layers, [q, o], cross=False)
+
+    before, after = moments(held), moments(changed)
+    assert torch.equal(before[q].h[2], after[q].h[2])
+    expected = layer_inputs(walk, 0, walk.hidden, changed)[0][o]
+    torch.testing.assert_close(after[o].h[2].double(), expected.T @ expected / len(expected), rtol=1e-4, atol=1e-6)
+    assert (after[o].h[2] - before[o].h[2]).abs().max() > 0.1 * before[o].h[2].abs().max()
+
+
+def test_without_the_original_there_is_no_cross_moment(tiny: Tiny) -> None:
+    walk = Walk(tiny("llama"))
+    streams, weights = drifted(walk, 0)
+    layers = walk.of_block(0)
+    leader = next(iter(layers))
+    for kept, cross in ((WIDTHS, False), ((ORIGINAL, *WIDTHS), False)):
+        found = activations.statistics(walk.blocks[0], walk.calls[0], {r: streams[r] for r in kept}, weights, layers, [leader], cross)[leader]
+        assert set(found.h) == set(kept) and found.cross == {}
+
+
+def test_streams_move_on_with_their_own_weights_and_tell_their_errors(tiny: Tiny) -> None:
+    walk = Walk(tiny("llama"))
+    streams, weights = drifted(walk, 0)
+    outputs = {r: layer_inputs(walk, 0, streams[r], weights[r])[1] for r in streams}
+    errors = activations.propagate(walk.blocks[0], walk.calls[0], streams, weights, walk.of_block(0))
+    for r in streams:
+        torch.testing.assert_close(streams[r], outputs[r])
+    y = outputs[ORIGINAL].double()
+    assert errors == {r: pytest.approx(float((outputs[r].double() - y).square().sum() / y.square().sum()), rel=1e-5) for r in WIDTHS}
+    assert 0 < errors[4] < errors[2]
+    assert (
+        activations.propagate(walk.blocks[1], walk.calls[1], {r: streams[r] for r in WIDTHS}, {r: walk.held(1) for r in WIDTHS}, walk.of_block(1))
+        == {}
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_streams_in_a_file_are_those_in_memory(dtype: torch.dtype, tmp_path: Path) -> None:
+    hidden = torch.randn(3, 5, 7).to(dtype).transpose(0, 0)
+    mapped, plain = activations.like(hidden, tmp_path / "stream.bin"), activations.like(hidden, None)
+    assert torch.equal(mapped, hidden) and torch.equal(plain, hidden) and mapped.dtype == dtype and mapped.shape == hidden.shape
+    assert (tmp_path / "stream.bin").stat().st_size == hidden.numel() * hidden.element_size()
+    mapped[1] = 7
+    plain[2] = 9
+    assert not (hidden[1] == 7).all() and not (hidden[2] == 9).all(), "copies, not views"
+    again = torch.from_file(str(tmp_path / "stream.bin"), shared=True, size=hidden.numel(), dtype=dtype).view(3, 5, 7)
+    assert torch.equal(again, mapped), "what is written goes to the file"
+    other = activations.like(hidden, tmp_path / "stream.bin")
+    assert torch.equal(other, hidden)
+
+
+def test_streams_walk_the_same_from_files(tiny: Tiny, tmp_path: Path) -> None:
+    walk = Walk(tiny("llama"))
+    streams, weights = drifted(walk, 0)
+    layers = walk.of_block(0)
+    leader = "model.layers.0.mlp.down_proj"
+    results = []
+    for place in (None, tmp_path):
+        own = {r: activations.like(x, place and place / f"{r}.bin") for r, x in streams.items()}
+        found = activations.statistics(walk.blocks[0], walk.calls[0], own, weights, layers, [leader], cross=True)[leader]
+        errors = activations.propagate(walk.blocks[0], walk.calls[0], own, weights, layers)
+        results.append((found, errors, own))
+    (one, errors, hidden), (two, others, mapped) = results
+    assert errors == others and all(torch.equal(hidden[r], mapped[r]) for r in hidden)
+    assert all(torch.equal(one.h[r], two.h[r]) for r in one.h) and all(torch.equal(one.cross[r], two.cross[r]) for r in one.cross)
+
+
+def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
+    """Writing to a mapped page that finds no place on disk would kill the process."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        activations.like(torch.zeros(3, 500, 700), Path("/dev/full"))
+
+
+class Routed(nn.Module):
+    """Tokens above 0 go to one expert, the others to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for chosen, expert in zip((x[..., 0] > 0, x[..., 0] <= 0), self.experts, strict=False):
+            if chosen.any():
+                out[chosen] = expert["up"](x[chosen])
+        return out
+
+
+def test_experts_are_one_stage_and_one_that_a_stream_does_not_reach_takes_the_moments_of_another() -> None:
+    torch.manual_seed(0)
+    block, call = Routed(), activations.Call((), {}, named=False)
+    layers = {f"experts.{i}.up": expert["up"] for i, expert in enumerate(block.experts)}
+    names = list(layers)
+    hidden = torch.randn(2, 6, 4)
+    assert activations.stages(block, call, hidden, layers) == [[[names[0]], [names[1]]], [[names[2]]]]
+    held = {name: layer.weight.data for name, layer in layers.items()}
+    above = hidden.clone()
+    above[..., 0] = above[..., 0].abs() + 0.1
+    streams = {ORIGINAL: hidden, 4: hidden + 0.0, 2: above}
+    found = activations.statistics(block, call, streams, dict.fromkeys(streams, held), layers, names, cross=True)
+    assert list(found) == names[:2]
+    tokens = hidden.flatten(0, 1)
+    low = tokens[tokens[:, 0] <= 0]
+    torch.testing.assert_close(found[names[1]].h[4], low.T @ low / len(low))
+    assert torch.equal(found[names[1]].h[2], found[names[1]].h[ORIGINAL])  # nothing of 2 bits came there
+    torch.testing.assert_close(found[names[0]].h[2], above.flatten(0, 1).T @ above.flatten(0, 1) / 12)
+    assert not found[names[0]].cross[4].any() and 2 not in found[names[0]].cross  # other tokens: nothing to compare
