@@ -22,7 +22,7 @@ METHOD_NAMES = ("minmax", "gptq", "block")
 
 
 def _targets() -> dict[int, float]:
-    return {8: 0.02, 4: 0.25, 3: 0.5, 2: 1.0}
+    return {8: 0.05, 4: 0.25, 3: 0.5, 2: 1.0}
 
 
 ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
@@ -39,7 +39,9 @@ def _help(text: str, **kwargs: Any) -> Any:
 class Recipe:
     method: str = _help("how codes are chosen: gptq; block (gptq, then training block by block); minmax (round to nearest)", default="gptq")
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
-    targets: Mapping[int, float] = _help("widths that are optimised and the weight of each, for instance 8:.02,4:.25,3:.5,2:1", default_factory=_targets)
+    targets: Mapping[int, float] = _help(
+        "widths that are optimised and the weight of each, for instance 8:.05,4:.25,3:.5,2:1", default_factory=_targets
+    )
     normalize: bool = _help(
         "count a target's loss relative to what a run dedicated to it would lose; off = raw lambdas, as in the papers", default=True
     )

@@ -18,6 +18,10 @@ import typer
 from matquant.cli import commands
 from matquant.errors import MatquantError
 
+# Threads that wait for work by spinning (the default of libgomp) make a program several times slower, not a little, when others are
+# busy on the same cores. Must be set before torch is imported; whoever sets it differently is obeyed.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 BUG = 1
 INTERRUPTED = 130
 ABOUT = "Quantize an LLM once into one nested integer checkpoint; read it at 8, 6, 4, 3 or 2 bits."

@@ -45,7 +45,7 @@ def parse_targets(text: str) -> dict[int, float]:
         pairs = [part.split(":") for part in text.split(",")]
         targets = {int(width): float(lam) for width, lam in pairs}
     except ValueError:
-        raise RecipeError(f"targets is {text!r}; give BITS:WEIGHT pairs, for instance 8:.02,4:.25,3:.5,2:1") from None
+        raise RecipeError(f"targets is {text!r}; give BITS:WEIGHT pairs, for instance 8:.05,4:.25,3:.5,2:1") from None
     if len(targets) != len(pairs):
         raise RecipeError(f"targets is {text!r}; name each width once")
     return targets
