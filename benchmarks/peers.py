@@ -1,16 +1,17 @@
 """AutoRound and GPTQModel at single widths, on the tokens that quality.py takes, read by our own evaluation.
 
-    OURS/python  benchmarks/peers.py windows MODEL --work DIR --calibration FILE|self --text FILE|self ...
+    OURS/python  benchmarks/peers.py windows MODEL --work DIR --calibration FILE|self --text FILE|self [--text FILE ...]
+                                                   [--num-samples 32] [--eval-samples 16] [--seq-len 512] [--seed 0]
     PEERS/python benchmarks/peers.py make    MODEL --work DIR --group-size 64 [--bits 4 3 2] [--only NAME ...]
-    OURS/python  benchmarks/peers.py measure MODEL --work DIR --name WORDS --out results.json
+    OURS/python  benchmarks/peers.py measure MODEL --work DIR --group-size 64 --name WORDS --out results.json
 
 Two environments, because the packages pin what they depend on; PEERS needs nothing of ours and OURS nothing of theirs:
 
     python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 && PEERS/bin/pip install torch==2.13.0 auto-round==0.16.1 gptqmodel==7.6.0
 
-Each package runs with its own defaults, but for the group size and the calibration sequences (settings of VARIANTS and the
-functions below say what else differs). It writes its own packed checkpoint, which is unpacked here, w = s (q - z), into an ordinary
-float32 checkpoint: every tensor that it did not quantize is the original's, so that only its integers and scales are compared.
+Each package runs with its own defaults, but for the group size and the calibration sequences; what else differs is in VARIANTS and in
+the two functions that call them. It writes its own packed checkpoint, which is unpacked here, w = s (q - z), into an ordinary float32
+checkpoint: every tensor that it did not quantize is the original's, so that only its integers and scales are compared.
 Bits per weight count what lies in its file, packed zeros included, though a symmetric grid's zeros are all the same.
 """
 
@@ -30,6 +31,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+WINDOWS = "windows.safetensors"
 TRAIN = "train"
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where in its word each of eight outputs lies
 
@@ -43,7 +45,8 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-# Both packages are symmetric by default. GPTQModel's default format cannot hold an asymmetric grid's zero of 0, its gptq_v2 can.
+# Both packages are symmetric by default. GPTQModel's default format stores zeros less one, where a zero of 0 borrows from its neighbour;
+# gptq_v2 stores them as they are.
 VARIANTS = {
     "gptqmodel": Variant("gptqmodel", "GPTQModel"),
     "autoround": Variant("auto-round", "AutoRound"),
@@ -56,34 +59,27 @@ VARIANTS = {
 
 
 def take_windows(options: argparse.Namespace) -> None:
-    """DIR/windows.safetensors: the sequences that quality.py would take for the same arguments, `train` and one a text."""
-    from quality import tokens_of  # quality.py needs matquant, which `make` must do without
+    """DIR/windows.safetensors: the sequences that quality.py takes for the same arguments, TRAIN and one tensor a text."""
+    from quality import calibrating, evaluation  # it needs matquant, which `make` must do without
 
     from matquant import models
 
     source = models.open_source(options.model)
     tokenizer = source.tokenizer()
     dense = models.load_dense(options.model, source.folder, None, dtype=torch.float32)
-    sampled = options.num_samples if options.calibration == "self" and "self" in options.text else 0
-    if sampled:  # one draw, cut in two, so that no sequence is in both
-        both = tokens_of("self", tokenizer, dense, sampled + options.eval_samples, options.seq_len, options.seed)
-        found = {TRAIN: both[:sampled], "self": both[sampled:]}
-    else:
-        found = {TRAIN: tokens_of(options.calibration, tokenizer, dense, options.num_samples, options.seq_len, options.seed)}
-    for text in options.text:
-        if text not in found:
-            found[Path(text).name] = tokens_of(text, tokenizer, dense, options.eval_samples, options.seq_len, options.seed + 1)
+    found = {TRAIN: calibrating(options.calibration, tokenizer, dense, options.num_samples, options.seq_len, options.seed)}
+    for text in options.text or ["self"]:
+        found[Path(text).name] = evaluation(text, tokenizer, dense, options.eval_samples, options.seq_len)
+    facts = {"calibration": Path(options.calibration).name, "seed": str(options.seed)}
     options.work.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: ids.contiguous() for name, ids in found.items()}, options.work / "windows.safetensors", {"calibration": Path(options.calibration).name}
-    )
+    save_file({name: ids.contiguous() for name, ids in found.items()}, options.work / WINDOWS, facts)
 
 
 # --- make: in theirs ------------------------------------------------------------------------------------------------------
 
 
 def gptqmodel(model: str, train: torch.Tensor, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Quantize in float32 (its default here, bfloat16, would count as damage) and save. Returns what was set."""
+    """Quantize in float32, as we do (its default on a CPU is bfloat16), and save. Returns what was set."""
     # Of two cores it gives one worker to "cpu" and then asks for two to load with, a ValueError.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -95,7 +91,10 @@ def gptqmodel(model: str, train: torch.Tensor, out: Path, settings: dict[str, An
 
 
 def autoround(model: str, train: torch.Tensor, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Quantize and save. It drops sequences shorter than `seqlen` and stops after `nsamples`: both are those of `train`."""
+    """Quantize, in bfloat16 where the CPU has it, and save. Returns what was set.
+
+    It drops sequences shorter than `seqlen` and stops after `nsamples`: both are those of `train`.
+    """
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,7 +110,7 @@ def autoround(model: str, train: torch.Tensor, out: Path, settings: dict[str, An
 def make(options: argparse.Namespace) -> None:
     """DIR/VARIANT-BITS: a float32 checkpoint and facts.json, written last; those that have it are left alone."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    train = load_file(options.work / "windows.safetensors")[TRAIN]
+    train = load_file(options.work / WINDOWS)[TRAIN]
     for name in options.only:
         variant = VARIANTS[name]
         quantize, extra = (autoround, options.autoround) if variant.package == "auto-round" else (gptqmodel, {})
@@ -121,16 +120,20 @@ def make(options: argparse.Namespace) -> None:
                 continue
             shutil.rmtree(folder, ignore_errors=True)
             started = time.perf_counter()
-            settings = quantize(
-                options.model, train, folder / "packed", {"bits": bits, "group_size": options.group_size, **variant.settings, **extra}
-            )
+            own = quantize(options.model, train, folder / "packed", {"bits": bits, "group_size": options.group_size, **variant.settings, **extra})
             seconds = round(time.perf_counter() - started, 1)
             counted = unpack_checkpoint(Path(options.model), next((folder / "packed").rglob("*.safetensors")).parent, folder)
-            versions = {package: version(package) for package in (variant.package, "torch", "transformers")}
-            facts = {"variant": name, "bits": bits, "settings": settings, "versions": versions, "quantize_seconds": seconds, **counted}
             shutil.rmtree(folder / "packed")
+            versions = {package: version(package) for package in (variant.package, "torch", "transformers")}
+            settings = {key: value for key, value in own.items() if key not in ("bits", "group_size")}
+            facts = {"bits": bits, "command": command(), "settings": settings, "versions": versions, "quantize_seconds": seconds, **counted}
             (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-            print(name, bits, {key: value for key, value in facts.items() if key != "layers"}, flush=True)
+            print(name, bits, seconds, flush=True)
+
+
+def command() -> str:
+    """This one, without folders."""
+    return " ".join(Path(a).name if "/" in a else a for a in sys.argv)
 
 
 def unpack_checkpoint(model: Path, packed: Path, out: Path) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def measure_all(options: argparse.Namespace) -> None:
-    """One row for each checkpoint in DIR and each text, beside the original's perplexity."""
+    """Add to the results, in quality.py's form, every checkpoint of DIR that is not among them."""
     from quality import machine
 
     from matquant import models
@@ -202,43 +205,41 @@ def measure_all(options: argparse.Namespace) -> None:
     source = models.open_source(options.model)
     wanted = sorted(models.find_layers(source.model, Recipe(group_size=options.group_size)).quantized)
     dense = models.load_dense(options.model, source.folder, None, dtype=torch.float32)
-    with safe_open(options.work / "windows.safetensors", "pt") as tensors:
-        calibration = tensors.metadata()["calibration"]
-    held = load_file(options.work / "windows.safetensors")
-    train = held.pop(TRAIN)
-    shown = {"train": list(train.shape), "held_out": {text: list(ids.shape) for text, ids in held.items()}, "calibration": calibration}
-    result = {
-        "name": options.name,
-        "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv),
-        "setting": {"group_size": options.group_size, **shown},
-        "machine": machine(),
-        "original": {},
-        "variants": {},
-    }
-    for name, variant in VARIANTS.items():
-        rows = []
-        for path in sorted(options.work.glob(f"{name}-[0-9]/facts.json"), reverse=True):
-            facts = json.loads(path.read_text())
-            if facts.pop("layers") != wanted:
-                raise SystemExit(f"{path.parent} quantizes other layers than ours")
-            peer = models.load_dense(str(path.parent), path.parent, None, dtype=torch.float32)
-            for text, ids in held.items():
-                original, found = quality_of(peer, dense, ids)
-                result["original"][text] = original.perplexity
-                sizes = {key: facts[key] for key in ("bits", "bits_per_weight", "bits_per_weight_with_g_idx")}
-                rows.append({**sizes, "text": text, **found, "quantize_seconds": facts["quantize_seconds"]})
-                print(name, rows[-1], flush=True)
-            settings = {key: value for key, value in facts["settings"].items() if key not in ("bits", "group_size")}
-            result["variants"][name] = {"words": variant.words, "settings": settings, "versions": facts["versions"], "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    texts = load_file(options.work / WINDOWS)
+    train = texts.pop(TRAIN)
+    with safe_open(options.work / WINDOWS, "pt") as file:
+        taken = file.metadata()
+    setting = {"group_size": options.group_size, "train": list(train.shape), "calibration": taken["calibration"]}
+    setting["held_out"] = list(next(iter(texts.values())).shape)
+    result = json.loads(options.out.read_text()) if options.out.exists() else {"runs": {}}
+    if result.get("setting", setting) != setting:
+        sys.exit(f"{options.out} was made with other settings: {result['setting']}; choose another --out")
+    result = {"name": options.name, "setting": setting, "original": {}} | result
+    for path in sorted(options.work.glob("*-[0-9]/facts.json"), reverse=True):
+        facts = json.loads(path.read_text())
+        name = path.parent.name.rpartition("-")[0]
+        run = result["runs"].setdefault(f"{name}/{taken['seed']}", {"words": VARIANTS[name].words, "rows": []})
+        if facts["bits"] in {row["bits"] for row in run["rows"]}:
+            continue
+        if facts["layers"] != wanted:
+            sys.exit(f"{path.parent} quantizes other layers than ours")
+        run |= {key: facts[key] for key in ("command", "settings", "versions")} | {"machine": machine()}
+        peer = models.load_dense(str(path.parent), path.parent, None, dtype=torch.float32)
+        shown = {key: facts[key] for key in ("bits", "bits_per_weight", "bits_per_weight_with_g_idx", "quantize_seconds")}
+        for text, ids in texts.items():
+            result["original"][text], found = quality_of(peer, dense, ids)
+            run["rows"].append({"text": text, "refit": False, **shown, **found})
+            print(name, run["rows"][-1], flush=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def quality_of(peer: Any, dense: Any, ids: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+def quality_of(peer: Any, dense: Any, ids: torch.Tensor) -> tuple[float, dict[str, float | None]]:
+    """Perplexity of the original, and what a row says of the peer."""
     from matquant.evaluate import logits_of, measure
 
     original, found = measure(logits_of(peer), logits_of(dense), ids, [("peer", lambda: None)])
-    return original, {"perplexity": found.perplexity, "kl": found.kl, "top1": found.top1}
+    return original.perplexity, {"perplexity": found.perplexity, "kl": found.kl, "top1": found.top1}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -251,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sub.add_argument("--work", type=Path, required=True, help="folder that the stages share")
         if stage == "windows":
             sub.add_argument("--calibration", default="self")
-            sub.add_argument("--text", nargs="+", default=["self"])
+            sub.add_argument("--text", action="append", help="may be given again")
             sub.add_argument("--num-samples", type=int, default=32)
             sub.add_argument("--eval-samples", type=int, default=16)
             sub.add_argument("--seq-len", type=int, default=512)
