@@ -72,7 +72,7 @@ def results() -> str:
 
 
 QUALITY_ORDER = (
-    "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "block", "dedicated", "integer-zero", "round"
+    "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "lam8-0.02", "block", "dedicated", "integer-zero", "round"
 )  # fmt: skip
 ABLATION_ORDER = (
     "one-pass", "streams", "streams-refit", "streams-refit+refit", "one-stream", "two-streams", "symmetric-target", "full-target", "no-clip-search",
