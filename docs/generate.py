@@ -158,15 +158,17 @@ def _spread(values: list[float], words: Callable[[float], str]) -> str:
 
 
 def _ratios(runs: dict[str, tuple[str, Values]], texts: list[str]) -> str:
-    def mean(name: str, bits: int) -> float | None:
-        values = [value for text in texts for value in runs[name][1].get((text, bits), {}).get("kl", [])]
-        return sum(values) / len(values) if values else None
+    def mean(name: str, bits: int, over: list[str]) -> float:
+        values = [value for text in over for value in runs[name][1][text, bits]["kl"]]
+        return sum(values) / len(values)
+
+    def ratio(name: str, bits: int) -> str:
+        both = [text for text in texts if (text, bits) in runs[name][1] and (text, bits) in runs["gptq"][1]]
+        return f"{mean(name, bits, both) / mean('gptq', bits, both):.2f}" if both else ""
 
     widths = sorted({bits for _, bits in runs["gptq"][1]}, reverse=True)
-    rows = []
-    for name in (name for name in QUALITY_ORDER if name in runs and name != "gptq"):
-        pairs = [(mean(name, bits), mean("gptq", bits)) for bits in widths]
-        rows.append([runs[name][0], *("" if ours is None or theirs is None else f"{ours / theirs:.2f}" for ours, theirs in pairs)])
+    shown = [name for name in QUALITY_ORDER if name in runs and name != "gptq"]
+    rows = [[runs[name][0], *(ratio(name, bits) for bits in widths)] for name in shown]
     return markdown(["", *map(str, widths)], rows)
 
 
