@@ -21,7 +21,7 @@ from matquant.recipe import Recipe
 pytestmark = pytest.mark.usefixtures("quick_collect")
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(group_size=32, bits=(4, 2), targets={4: 2.0, 2: 1.0}, parent_bits=4, clip_search=False)
+RECIPE = Recipe(group_size=32, bits=(4, 2), targets={4: 2.0, 2: 1.0}, parent_bits=4, clip_search=False, asymmetric_calibration=0.0)
 PLAIN = replace(RECIPE, method="minmax", refit_bits=0)
 ASYMMETRIC = replace(RECIPE, asymmetric_calibration=0.5)
 TOKENS = (torch.arange(2 * 40).reshape(2, 40) * 31 + 7) % 250

@@ -18,7 +18,7 @@ from matquant.recipe import ORIGINAL, Recipe
 pytestmark = pytest.mark.usefixtures("quick_collect")
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(group_size=32, bits=(4, 2), targets={4: 2.0, 2: 1.0}, parent_bits=4, clip_search=False)
+RECIPE = Recipe(group_size=32, bits=(4, 2), targets={4: 2.0, 2: 1.0}, parent_bits=4, clip_search=False, asymmetric_calibration=0.0)
 TOKENS = (torch.arange(2 * 40).reshape(2, 40) * 31 + 7) % 250
 Tiny = Callable[[str], Path]
 
@@ -83,22 +83,6 @@ def test_every_stream_meets_its_own_drift(name: str, tiny: Tiny, tmp_path: Path,
     assert torch.equal(start[4], start[2]) and torch.equal(start[4], start[ORIGINAL]), "nothing is quantized yet"
     drift = {r: float((h[r] - h[ORIGINAL]).norm() / h[ORIGINAL].norm()) for r in (4, 2)}
     assert 1e-4 < drift[4] < drift[2]
-
-
-@pytest.mark.parametrize(
-    "changes, streams, of",
-    [
-        ({}, {4, 3, 2}, {8: ORIGINAL, 6: ORIGINAL, 5: ORIGINAL, 4: 4, 3: 3, 2: 2}),
-        ({"streams": (8,)}, {8}, {8: 8, 6: 8, 4: 8, 2: 8}),
-        ({"streams": (3,)}, {3}, {8: ORIGINAL, 4: ORIGINAL, 3: 3, 2: 3}),
-        ({"streams": (8, 4)}, {8, 4}, {8: 8, 6: 8, 5: 8, 4: 4, 3: 4, 2: 4}),
-        ({"targets": {8: 1.0, 2: 1.0}}, {2}, {8: ORIGINAL, 3: ORIGINAL, 2: 2}),
-        ({"targets": {8: 1.0}}, set(), {8: ORIGINAL, 2: ORIGINAL}),
-    ],
-)
-def test_a_width_calibrates_on_the_narrowest_stream_that_is_not_narrower(changes: dict, streams: set[int], of: dict[int, int]) -> None:
-    recipe = replace(Recipe(), **changes)
-    assert set(recipe.stream_widths) == streams and {bits: recipe.stream_of(bits) for bits in of} == of
 
 
 def test_one_shared_stream(tiny: Tiny, tmp_path: Path, seen: list[dict[str, Inputs]]) -> None:
