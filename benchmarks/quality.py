@@ -54,7 +54,7 @@ VARIANTS = {
     "matgptq-348": Variant("MatGPTQ's rule, targets 8,4,3", MATGPTQ | {"targets": {8: 1.0, 4: 1.0, 3: 1.0}}),
     "matgptq-2348": Variant("MatGPTQ's rule, targets 8,4,3,2", MATGPTQ | {"targets": {8: 1.0, 4: 1.0, 3: 1.0, 2: 1.0}}),
     "nested": Variant("ours, without gradients", {"bits": ALL_WIDTHS}),
-    "block": Variant("ours, block refinement", {"bits": ALL_WIDTHS, "method": "block"}),
+    "block": Variant("ours, block refinement", {"bits": ALL_WIDTHS, "method": "block", "refine_dtype": "bfloat16"}),
     "dedicated": Variant("ours, one run a width", {}, dedicated=True),
     "one-pass": Variant("ablation: GPTQ alone, one stream", PLAIN | ONE_STREAM),
     "one-stream": Variant("ablation: one stream", ONE_STREAM | {"asymmetric_calibration": 0.0}),
@@ -243,7 +243,9 @@ def main() -> None:
                 rows += bench.run(recipe, train)
                 print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-7:]], flush=True)
             command = " ".join(Path(a).name if "/" in a else a for a in sys.argv)
-            result["runs"][key] = {"words": variant.words, "command": command, "machine": machine(), "settings": variant.settings, "rows": rows}
+            run = {"words": variant.words, "command": command, "machine": machine(), "settings": variant.settings, "rows": rows}
+            written = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}  # another process may have added to it
+            result["runs"] = {**written, key: run}
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
 

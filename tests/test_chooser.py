@@ -102,3 +102,20 @@ def test_chooser_enumerates_prefixes_only() -> None:
     assert CodeChooser.of({8: 100.0, 4: 4.0, 3: 2.0, 2: 1.0}, make_grid(8), "round").prefix_bits == 5
     assert CodeChooser.of({8: 1.0}, make_grid(8), "floor").prefix_bits == 0
     assert CodeChooser.of({8: 1.0, 2: 1.0}, make_grid(8, overlap=True), "floor").prefix_bits == 4
+
+
+@given(choices_to_make(), st.integers(1, 6))
+@relaxed
+def test_planes_that_are_fixed_stay_and_the_others_are_the_best(problem: Any, fixed: int) -> None:
+    grid, slicing, targets, x, lam, read = problem
+    fixed = min(fixed, 4 if grid.overlap else grid.bits)
+    now = torch.randint(0, 2**grid.bits, (9,), generator=torch.Generator().manual_seed(fixed)).to(torch.uint8)
+    chooser = CodeChooser.of(targets, grid, slicing, fixed)
+    t = torch.stack([(x[r] - read[r][1]) / read[r][0] for r in chooser.streams])
+    weight = torch.stack([lam[r] * read[r][0] ** 2 for r in chooser.streams])
+    q = chooser.choose(t, weight, chooser.tables(t.device), now)
+    assert torch.equal(q >> (grid.bits - fixed), now >> (grid.bits - fixed))
+    costs = brute_force(x, lam, read, grid, slicing)
+    costs[(all_codes(grid)[:, None] >> (grid.bits - fixed)) != (now >> (grid.bits - fixed))] = torch.inf
+    found = costs.gather(0, q.long()[None])[0]
+    torch.testing.assert_close(found, costs.amin(0), rtol=1e-4, atol=1e-9)

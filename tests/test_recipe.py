@@ -14,7 +14,7 @@ from matquant.errors import MatquantError, RecipeError
 from matquant.recipe import ORIGINAL, Recipe
 
 # A change here means that finished checkpoints name another recipe than a new run with the same words: say so in CHANGELOG.
-DEFAULT_HASH = "0d5ede32102ddd2490ddb3bb4918458582d2e256992cd189fec950fd08c3149b"
+DEFAULT_HASH = "21056d208dbfe28eb102f17ec6060c65a0a087a1793d5c1e9aa6f8a0a89a21b5"
 
 OTHER = Recipe(
     method="minmax", bits=(2, 4), targets={4: 1, 2: 3}, parent_bits=4, group_size=-1, symmetric=True, slicing="round", scale_dtype="bfloat16",
@@ -140,7 +140,8 @@ def test_every_field_says_what_it_is() -> None:
         ({"streams": ["8"], "sweeps": -1}, "sweeps is -1; it must be at least 0"),
         ({"feedback": "mean"}, r"feedback mean keeps one running weight, which needs one stream for all targets, not that of 4 bits .*; name one"),
         ({"method": "block", "refit_bits": 6}, "method block needs parent_bits 8, slicing floor and refit_bits up to 4"),
-        ({"refine_rate": 1.0}, "refine_rate is 1.0; it must be above 0 and below 1"),
+        ({"refine_reach": 0.0}, "refine_reach is 0.0; it must be above 0 and at most 128"),
+        ({"refine_dtype": "float16"}, "refine_dtype is 'float16'; choose from float32, bfloat16"),
         ({"refine_steps": 0}, "refine_steps is 0; it must be at least 1"),
         ({"skip": "lm_head"}, "skip is 'lm_head'; it must look like .*a list"),
         ({"skip": [1]}, r"skip is \[1\]; it must look like .*text"),

@@ -36,8 +36,21 @@ class Call:
         result = block(*self.args, hidden_states=hidden, **self.kwargs) if self.named else block(hidden, *self.args, **self.kwargs)
         return result[0] if isinstance(result, tuple) else result
 
+    def takes_many(self, block: nn.Module, hidden: Float[Tensor, "samples length hidden"]) -> bool:
+        """Whether several sequences may be passed at once: what was recorded for one serves for two, with the same result."""
+        if len(hidden) < 2:
+            return False
+        with torch.inference_mode():
+            alone = torch.cat([self(block, x[None]) for x in hidden[:2]])
+            try:
+                both = self(block, hidden[:2])
+            except (RuntimeError, ValueError):  # a mask or a position that does not stretch
+                return False
+        return both.shape == alone.shape and torch.allclose(both, alone, rtol=1e-2, atol=1e-3 * float(alone.abs().mean()))
+
     def with_weights(self, block: nn.Module, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """The block's output with some of its parameters replaced, so that gradients reach these."""
+        hidden = hidden.to(next(block.parameters()).device)  # it may lie in a file
         args, kwargs = (self.args, {**self.kwargs, "hidden_states": hidden}) if self.named else ((hidden, *self.args), self.kwargs)
         result = torch.func.functional_call(block, dict(weights), args, kwargs)
         return result[0] if isinstance(result, tuple) else result

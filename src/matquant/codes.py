@@ -251,7 +251,7 @@ class CodeChooser:
     error of a weight x counted lam_r times, t_r = (x - offset_r) / scale_r and weight_r = lam_r scale_r^2.
 
     widths: below the parent's. parent_counts: whether the parent width is a target; if not, its t only breaks the tie among
-    codes that the targets cannot tell apart.
+    codes that the targets cannot tell apart. fixed: how many planes, most significant first, stay as they are in `now`.
     """
 
     grid: Grid
@@ -259,16 +259,18 @@ class CodeChooser:
     widths: tuple[int, ...]
     parent_counts: bool
     prefix_bits: int
+    fixed: int = 0
 
     @staticmethod
-    def of(targets: Iterable[int], grid: Grid, slicing: Slicing) -> "CodeChooser":
+    def of(targets: Iterable[int], grid: Grid, slicing: Slicing, fixed: int = 0) -> "CodeChooser":
         """`targets`: the widths that count (a mapping's keys will do)."""
         counted = set(targets)
         widths = tuple(sorted((r for r in counted if r < grid.bits), reverse=True))
         k = max((planes_needed(r, grid.bits, slicing) for r in widths), default=0)
+        k = max(k, fixed)
         if grid.overlap:
             k = max(k, 4)  # the parent's sliced code counts up by one only within a high nibble
-        return CodeChooser(grid, slicing, widths, grid.bits in counted, k)
+        return CodeChooser(grid, slicing, widths, grid.bits in counted, k, fixed)
 
     @property
     def streams(self) -> tuple[int, ...]:
@@ -282,8 +284,13 @@ class CodeChooser:
         sliced = torch.stack([slice_codes(first, r, self.grid, self.slicing) for r in self.streams])
         return ChooserTables(sliced[:-1].float().to(device), sliced[-1].float().to(device), residuals)
 
-    def choose(self, t: Float[Tensor, "streams n"], weight: Float[Tensor, "streams n"], tables: "ChooserTables") -> UInt8[Tensor, " n"]:
-        """The best code of each column of t, each >= 0 `weight` in the order of `streams`; `tables` from `tables(t.device)`."""
+    def choose(
+        self, t: Float[Tensor, "streams n"], weight: Float[Tensor, "streams n"], tables: "ChooserTables", now: UInt8[Tensor, " n"] | None = None
+    ) -> UInt8[Tensor, " n"]:
+        """The best code of each column of t, each >= 0 `weight` in the order of `streams`; `tables` from `tables(t.device)`.
+
+        now: the codes whose `fixed` planes must stay; wanted where any are.
+        """
         base, residuals = tables.base, tables.residuals
         reach = t[-1, :, None] - base
         e = (reach + 0.5).floor_().clamp_(0, residuals - 1)
@@ -293,6 +300,9 @@ class CodeChooser:
         for t_r, weight_r, p in zip(t, weight, tables.below, strict=False):  # the last t is the parent's
             miss = t_r[:, None] - p
             cost.addcmul_(miss.square_(), weight_r[:, None])
+        if self.fixed and now is not None:
+            prefixes = torch.arange(len(base), device=t.device) >> (self.prefix_bits - self.fixed)
+            cost.masked_fill_(prefixes != (now >> (self.grid.bits - self.fixed))[:, None], torch.inf)
         miss = reach.sub_(e)
         if self.parent_counts:
             cost.addcmul_(miss.square_(), weight[-1, :, None])

@@ -13,8 +13,9 @@ from matquant.factor import factorize, visiting_order
 from matquant.objective import row_losses
 from matquant.plan import Shape
 from matquant.recipe import ORIGINAL, Recipe
-from matquant.refine import Trainer, refine
+from matquant.refine import HIGH, Trainer, refine
 from matquant.refit import refit
+from matquant.repair import repair
 from matquant.report import LayerReport
 from matquant.residual import fit_residual
 from matquant.weight import NestedWeight, Refit
@@ -81,31 +82,37 @@ class BlockState:
         activations.place(self.layers, self.weights[ORIGINAL])
         with torch.no_grad():
             goal = torch.cat([self.call(self.block, x[None]) for x in self.streams[ORIGINAL]])
-        streams = {r: self.streams[recipe.stream_of(r)] for r in recipe.targets}
-        trainer = Trainer(self.block, self.call, {local[name]: layer for name, layer in self.layers.items()}, streams, goal)
-        stages = self._stages()
-        leader = {name: members[0] for stage in stages for members in stage for name in members}
-        unknown = lambda name: self._unknown({name: self._original(name)})  # noqa: E731
-        wide = self._inputs(list(dict.fromkeys(leader.values())), {ORIGINAL})
+        streams = {r: self.streams[recipe.stream_of(r)] for r in {*recipe.targets, *recipe.layout.refit_widths}}
+        together = self.call.takes_many(self.block, self.streams[ORIGINAL])
+        layers = {local[name]: layer for name, layer in self.layers.items()}
+        trainer = Trainer(self.block, self.call, layers, streams, goal, together, getattr(torch, recipe.refine_dtype))
+        groups = [members for stage in self._stages() for members in stage]
+        inputs = self._inputs([members[0] for members in groups])  # as GPTQ left them: training moves them little
 
-        def residual(weights: Mapping[str, NestedWeight]) -> dict[str, NestedWeight]:
-            fitted = {}
-            for name in self.names:
-                h = (wide.get(leader[name]) or unknown(name)).h[ORIGINAL]
-                factor = factorize(h, recipe.damping, visiting_order([h], recipe.act_order))
-                fitted[local[name]] = fit_residual(weights[local[name]], self._original(name), factor, recipe.grid, recipe.sweeps)
-            return fitted
+        def below(weights: Mapping[str, NestedWeight], planes: int) -> dict[str, NestedWeight]:
+            found: dict[str, NestedWeight] = {}
+            for members in groups:
+                w = torch.cat([self._original(name) for name in members])
+                known = inputs.get(members[0]) or self._unknown({"": w})
+                stacked = _stack([weights[local[name]] for name in members])
+                if planes < HIGH:
+                    fitted = repair(stacked, w, known, recipe, planes)
+                else:
+                    h = known.h[recipe.stream_of(max(recipe.bits))]
+                    fitted = fit_residual(stacked, w, factorize(h, recipe.damping, visiting_order([h], recipe.act_order)), recipe.grid, recipe.sweeps)
+                ends = torch.tensor([0, *(len(weights[local[name]].codes) for name in members)]).cumsum(0).tolist()
+                found |= {local[name]: _rows(fitted, slice(start, end)) for name, start, end in zip(members, ends, ends[1:], strict=False)}
+            return found
 
         weights = {local[name]: weight for name, (weight, _) in results.items()}
-        refined = refine(trainer, weights, residual, recipe, recipe.seed)
-        for name in self.names:
-            self.put(name, refined.weights[local[name]])
-        inputs = self._inputs(list(dict.fromkeys(leader.values())))
+        refined = refine(trainer, weights, below, recipe)
+        leader = {name: members[0] for members in groups for name in members}
         found: Results = {}
         for name, (_, report) in results.items():
-            weight, known = refined.weights[local[name]], inputs.get(leader[name]) or unknown(name)
-            errors = layer_errors(self._original(name), weight, known, recipe)
-            notes = (*report.notes, refined.note) if name == self.names[0] else report.notes
+            weight, w = refined.weights[local[name]], self._original(name)
+            self.put(name, weight)
+            errors = layer_errors(w, weight, inputs.get(leader[name]) or self._unknown({name: w}), recipe)
+            notes = (*report.notes, *refined.notes) if name == self.names[0] else report.notes
             stages_of = {**report.stages, "block": {r: errors[r] for r in recipe.targets if r in errors}}
             found[name] = weight, replace(report, errors=errors, notes=notes, stages=stages_of)
         return found
@@ -122,12 +129,11 @@ class BlockState:
         activations.place(self.layers, self.weights[ORIGINAL])
         return activations.stages(self.block, self.call, self.streams[ORIGINAL], self.layers)
 
-    def _inputs(self, leaders: list[str], only: set[int] | None = None) -> dict[str, Inputs]:
+    def _inputs(self, leaders: list[str]) -> dict[str, Inputs]:
         if self.call is None:
             return {}
-        cross = self.recipe.asymmetric_calibration > 0 and only is None
+        cross = self.recipe.asymmetric_calibration > 0
         used = {self.recipe.stream_of(r) for r in (*self.recipe.targets, *self.recipe.bits)} | ({ORIGINAL} if cross else set[int]())
-        used = used if only is None else only
         streams = {width: hidden for width, hidden in self.streams.items() if width in used}
         return activations.statistics(self.block, self.call, streams, self.weights, self.layers, leaders, cross)
 
@@ -179,6 +185,14 @@ def _relative(loss: Mapping[int, Tensor], power: Mapping[int, Tensor], rows: sli
     """Losses of some rows, as a share of what reading zero would lose; None for 0 / 0."""
     whole = {bits: power[recipe.stream_of(bits)][rows].sum().item() for bits in loss}
     return {bits: loss[bits][rows].sum().item() / whole[bits] if whole[bits] > 0 else None for bits in loss}
+
+
+def _stack(weights: list[NestedWeight]) -> NestedWeight:
+    """Layers with one grid and the same refits as one: their rows below each other."""
+    first = weights[0]
+    refits = {r: Refit(torch.cat([w.refits[r].scale for w in weights]), torch.cat([w.refits[r].zero for w in weights])) for r in first.refits}
+    zero = None if first.zero is None else torch.cat([w.zero for w in weights if w.zero is not None])
+    return replace(first, codes=torch.cat([w.codes for w in weights]), scale=torch.cat([w.scale for w in weights]), zero=zero, refits=refits)
 
 
 def _rows(weight: NestedWeight, rows: slice) -> NestedWeight:

@@ -70,9 +70,9 @@ def row_losses(w: Float[Tensor, "out in"], read: Float[Tensor, "out in"], h: Flo
     return ((error @ h) * error).sum(1).double()
 
 
-def build(w: Float[Tensor, "out in"], inputs: Inputs, factors: Mapping[int, Factor], recipe: Recipe) -> Objective:
-    """The objective of `recipe` for the float32 weight `w`. factors: of each stream's H, by the stream's width."""
-    chooser = CodeChooser.of(recipe.targets, recipe.grid, recipe.slicing)
+def build(w: Float[Tensor, "out in"], inputs: Inputs, factors: Mapping[int, Factor], recipe: Recipe, fixed: int = 0) -> Objective:
+    """The objective of `recipe` for the float32 weight `w`. factors: of each stream's H, by the stream's width. fixed: CodeChooser's."""
+    chooser = CodeChooser.of(recipe.targets, recipe.grid, recipe.slicing, fixed)
     goals: dict[int, Tensor] = {}
     for stream, factor in factors.items():
         cross = inputs.cross.get(stream)

@@ -60,9 +60,12 @@ class Recipe:
     streams: tuple[int, ...] = _help("widths calibrated on activations of their own; none named = every target up to 4 bits", default=())
     asymmetric_calibration: float = _help("share of the inputs' drift that weights make up for (GPTAQ): 0 to 1", default=0.5)
     sweeps: int = _help("rounds of refit and coordinate descent over the codes after GPTQ", default=2)
-    refine_steps: int = _help("training steps of a block (method block)", default=100)
-    refine_batch: int = _help("sequences of a training step", default=4)
-    refine_rate: float = _help("first learning rate, in 4-bit codes a step; it falls to 0", default=0.001)
+    refine_steps: int = _help("training steps of each width, and of each read (method block)", default=60)
+    refine_tokens: int = _help("tokens of a training step: whole sequences, at least one", default=1024)
+    refine_reach: float = _help("how far training may move a code, in parent codes", default=1.5)
+    refine_dtype: str = _help(
+        "what blocks compute in while they are trained: float32 or bfloat16 (faster on hardware that has it)", default="float32"
+    )
     damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)
     skip: tuple[str, ...] = _help("shell-style patterns of module names to leave unquantized", default=())
     calibration: str = _help("FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT], or self (text sampled from the model)", default="self")
@@ -77,6 +80,7 @@ class Recipe:
         self._check_choice("method", METHOD_NAMES)
         self._check_choice("scale_dtype", SCALE_BITS)
         self._check_choice("feedback", get_args(Feedback))
+        self._check_choice("refine_dtype", ("float32", "bfloat16"))
         for name, low in {
             "num_samples": 1,
             "seq_len": 2,
@@ -84,7 +88,7 @@ class Recipe:
             "refit_bits": 0,
             "sweeps": 0,
             "refine_steps": 1,
-            "refine_batch": 1,
+            "refine_tokens": 1,
             "seed": 0,
         }.items():
             if getattr(self, name) < low:
@@ -98,8 +102,8 @@ class Recipe:
                 f"method block needs parent_bits 8, slicing floor and refit_bits up to 4, not {self.parent_bits}, {self.slicing} and {self.refit_bits}; "
                 "change them, or use method gptq"
             )
-        if not 0 < self.refine_rate < 1:
-            raise RecipeError(f"refine_rate is {self.refine_rate}; it must be above 0 and below 1, for instance 0.001")
+        if not 0 < self.refine_reach <= 128:
+            raise RecipeError(f"refine_reach is {self.refine_reach}; it must be above 0 and at most 128 parent codes, for instance 4")
         if not 0 <= self.asymmetric_calibration <= 1:
             raise RecipeError(f"asymmetric_calibration is {self.asymmetric_calibration}; it must be a share from 0 to 1, for instance 0.5")
         used = {self.stream_of(r) for r in self.targets}

@@ -58,7 +58,7 @@ def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"])
             if done:
                 slope = slope + torch.bmm(corner[:, done : done + 1, :done], moved[:, :done])[:, 0]
             wanted = read[:, j] - slope / power[:, j, None]
-            q = chooser.choose((wanted - offset[:, g]) / scale[:, g], counted[:, g] * power[:, j, None], prefixes)
+            q = chooser.choose((wanted - offset[:, g]) / scale[:, g], counted[:, g] * power[:, j, None], prefixes, codes[j])
             now = torch.addcmul(offset[:, g], table[:, q.int()], scale[:, g])
             moved[:, done] = now - read[:, j]
             codes[j] = q

@@ -79,12 +79,18 @@ def improve(
             weight = replace(weight, codes=torch.where(better[:, None], codes, weight.codes))
             losses = torch.where(better, moved, losses)
             stages["sweeps"] = losses
+    weight = refit_interpolated(weight, objective, factors, recipe)
+    kept = [(r, row) for row, r in enumerate(objective.widths) if r in recipe.targets]
+    return weight, {name: {r: table[row] for r, row in kept} for name, table in stages.items()}
+
+
+def refit_interpolated(weight: NestedWeight, objective: Objective, factors: Mapping[int, Factor], recipe: Recipe) -> NestedWeight:
+    """`weight` with the refits of widths that are no targets fitted to the goal of the nearest target. factors: by stream."""
+    goals = dict(zip(objective.widths, objective.goal, strict=True))
     others = tuple(r for r in recipe.layout.refit_widths if r not in goals)
     nearest = {r: min(recipe.targets, key=lambda target: (abs(target - r), target)) for r in others}
     own = {r: factors[recipe.stream_of(r)].damped for r in others}
-    weight, _ = refit(weight, {r: goals[nearest[r]] for r in others}, own, others)
-    kept = [(r, row) for row, r in enumerate(objective.widths) if r in recipe.targets]
-    return weight, {name: {r: table[row] for r, row in kept} for name, table in stages.items()}
+    return refit(weight, {r: goals[nearest[r]] for r in others}, own, others)[0]
 
 
 def choose_codes(
