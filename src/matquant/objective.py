@@ -30,6 +30,7 @@ from matquant.clip import search_grid
 from matquant.codes import CodeChooser, Grid, nearest_code
 from matquant.factor import Factor
 from matquant.recipe import Recipe
+from matquant.refit import refit
 from matquant.weight import NestedWeight
 
 
@@ -105,3 +106,12 @@ def expected_loss(w: Float[Tensor, "out in"], factor: Factor, bits: int, recipe:
     error = scale[..., None] * (nearest_code(wg / scale[..., None] + z, grid).float() - z) - wg  # uint8 would wrap below z
     loss = (error.reshape(w.shape).square() * cost).sum(1)
     return loss.clamp(min=1e-12 * loss.mean() + 1e-30)  # a row of zeros loses nothing, and has no say
+
+
+def refit_interpolated(weight: NestedWeight, objective: Objective, factors: Mapping[int, Factor], recipe: Recipe) -> NestedWeight:
+    """`weight` with the refits of widths that are no targets fitted to the goal of the nearest target. factors: by stream."""
+    goals = dict(zip(objective.widths, objective.goal, strict=True))
+    others = tuple(r for r in recipe.layout.refit_widths if r not in goals)
+    nearest = {r: min(recipe.targets, key=lambda target: (abs(target - r), target)) for r in others}
+    own = {r: factors[recipe.stream_of(r)].damped for r in others}
+    return refit(weight, {r: goals[nearest[r]] for r in others}, own, others)[0]

@@ -8,17 +8,15 @@ sum_r weight_r loss_r of the widths from `fixed` + 1 bits up, or changes nothing
 
 from dataclasses import replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from matquant.activations import Inputs
 from matquant.factor import factorize, visiting_order
-from matquant.methods.gptq import refit_interpolated
-from matquant.objective import build
+from matquant.objective import build, refit_interpolated
 from matquant.recipe import Recipe
 from matquant.refit import refit
-from matquant.sweeps import sweep
+from matquant.sweeps import descend
 from matquant.weight import NestedWeight
 
 
@@ -35,8 +33,6 @@ def repair(weight: NestedWeight, w: Float[Tensor, "out in"], inputs: Inputs, rec
     goals, hessians = dict(zip(objective.widths, objective.goal, strict=True)), dict(zip(objective.widths, objective.h, strict=True))
     fitted = tuple(r for r in recipe.layout.refit_widths if r in targets)
     for _ in range(max(recipe.sweeps, 1)):
-        codes, moved = sweep(weight, objective, order)
-        better = objective.value(moved) < objective.value(objective.losses(weight))
-        weight = replace(weight, codes=torch.where(better[:, None], codes, weight.codes))
+        weight, _ = descend(weight, objective, order, objective.losses(weight))
         weight, _ = refit(weight, goals, hessians, fitted)
     return refit_interpolated(weight, objective, factors, recipe)

@@ -11,6 +11,8 @@ what later ones do; a sweep decides again with all others known. (For one width:
 G is kept up to date lazily, a block of columns at a time, as in GPTQ.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -68,3 +70,12 @@ def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"])
     back = torch.empty_like(codes)
     back[order] = codes
     return back.T.contiguous(), (error * gradient).sum(1, dtype=torch.float64)
+
+
+def descend(
+    weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"], losses: Float[Tensor, "streams out"]
+) -> tuple[NestedWeight, Float[Tensor, "streams out"]]:
+    """(weight, losses) after a sweep; a row that float32 made worse keeps its codes. losses: of every row of `weight` as it comes."""
+    codes, moved = sweep(weight, objective, order)
+    better = objective.value(moved) < objective.value(losses)  # but for rounding it always is
+    return replace(weight, codes=torch.where(better[:, None], codes, weight.codes)), torch.where(better, moved, losses)

@@ -31,10 +31,10 @@ from matquant.clip import Search, search_grid
 from matquant.codes import fit_grid
 from matquant.factor import Factor, factorize, visiting_order
 from matquant.methods import Chosen
-from matquant.objective import Objective, build
+from matquant.objective import Objective, build, refit_interpolated
 from matquant.recipe import Recipe
 from matquant.refit import refit
-from matquant.sweeps import affine_reads, sliced_table, sweep
+from matquant.sweeps import affine_reads, descend, sliced_table
 from matquant.weight import NestedWeight
 
 BLOCK = 128
@@ -74,23 +74,11 @@ def improve(
             losses = torch.stack([new.get(r, row) for r, row in zip(objective.widths, losses, strict=True)])
             stages["refit" if round_ == 0 else "sweeps"] = losses
         if round_ < recipe.sweeps:
-            codes, moved = sweep(weight, objective, order)
-            better = objective.value(moved) < objective.value(losses)  # but for rounding it always is
-            weight = replace(weight, codes=torch.where(better[:, None], codes, weight.codes))
-            losses = torch.where(better, moved, losses)
+            weight, losses = descend(weight, objective, order, losses)
             stages["sweeps"] = losses
     weight = refit_interpolated(weight, objective, factors, recipe)
     kept = [(r, row) for row, r in enumerate(objective.widths) if r in recipe.targets]
     return weight, {name: {r: table[row] for r, row in kept} for name, table in stages.items()}
-
-
-def refit_interpolated(weight: NestedWeight, objective: Objective, factors: Mapping[int, Factor], recipe: Recipe) -> NestedWeight:
-    """`weight` with the refits of widths that are no targets fitted to the goal of the nearest target. factors: by stream."""
-    goals = dict(zip(objective.widths, objective.goal, strict=True))
-    others = tuple(r for r in recipe.layout.refit_widths if r not in goals)
-    nearest = {r: min(recipe.targets, key=lambda target: (abs(target - r), target)) for r in others}
-    own = {r: factors[recipe.stream_of(r)].damped for r in others}
-    return refit(weight, {r: goals[nearest[r]] for r in others}, own, others)[0]
 
 
 def choose_codes(
