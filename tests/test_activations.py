@@ -200,10 +200,13 @@ def layer_inputs(walk: Walk, index: int, hidden: Tensor, weights: dict[str, Tens
     return {name: torch.cat(parts) for name, parts in seen.items()}, outputs
 
 
-def test_moments_of_every_stream_are_those_of_its_own_inputs_and_weights(tiny: Tiny) -> None:
-    """H_r = X_r^T X_r / n and C_r = (X - X_r)^T X_r / n, explicitly, for the layers of every stage."""
+@pytest.mark.parametrize(("panel", "fewer"), [(256, 0), (12, 0), (256, 1)])
+def test_moments_of_every_stream_are_those_of_its_own_inputs_and_weights(tiny: Tiny, panel: int, fewer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H_r = X_r^T X_r / n and C_r = (X - X_r)^T X_r / n, explicitly, for the layers of every stage; a stream may hold fewer sequences."""
+    monkeypatch.setattr(activations, "PANEL", panel)
     walk = Walk(tiny("llama"))
     streams, weights = drifted(walk, 1)
+    streams = {r: x[: len(x) - fewer] if r == 2 else x for r, x in streams.items()}
     slow = {r: layer_inputs(walk, 1, streams[r], weights[r])[0] for r in streams}
     layers = walk.of_block(1)
     for stage in activations.stages(walk.blocks[1], walk.calls[1], streams[ORIGINAL], layers):
@@ -215,7 +218,9 @@ def test_moments_of_every_stream_are_those_of_its_own_inputs_and_weights(tiny: T
             torch.testing.assert_close(h.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5 * float(x.square().mean()))
         for r, c in found.cross.items():
             x = slow[r][leader]
-            torch.testing.assert_close(c.double(), (slow[ORIGINAL][leader] - x).T @ x / len(x), rtol=1e-3, atol=1e-4 * float(x.square().mean()))
+            torch.testing.assert_close(
+                c.double(), (slow[ORIGINAL][leader][: len(x)] - x).T @ x / len(x), rtol=1e-3, atol=1e-4 * float(x.square().mean())
+            )
             assert (found.h[r] - found.h[ORIGINAL]).abs().max() > 0.01 * found.h[r].abs().max(), "the streams do not differ"
 
 
@@ -247,15 +252,18 @@ def test_without_the_original_there_is_no_cross_moment(tiny: Tiny) -> None:
         assert set(found.h) == set(kept) and found.cross == {}
 
 
-def test_streams_move_on_with_their_own_weights_and_tell_their_errors(tiny: Tiny) -> None:
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_streams_move_on_with_their_own_weights_and_tell_their_errors(tiny: Tiny, fewer: int) -> None:
     walk = Walk(tiny("llama"))
     streams, weights = drifted(walk, 0)
+    streams = {r: x[: len(x) - fewer].clone() if r == 2 else x for r, x in streams.items()}
+    common = len(streams[2])
     outputs = {r: layer_inputs(walk, 0, streams[r], weights[r])[1] for r in streams}
     errors = activations.propagate(walk.blocks[0], walk.calls[0], streams, weights, walk.of_block(0))
     for r in streams:
         torch.testing.assert_close(streams[r], outputs[r])
-    y = outputs[ORIGINAL].double()
-    assert errors == {r: pytest.approx(float((outputs[r].double() - y).square().sum() / y.square().sum()), rel=1e-5) for r in WIDTHS}
+    y = outputs[ORIGINAL][:common].double()
+    assert errors == {r: pytest.approx(float((outputs[r][:common].double() - y).square().sum() / y.square().sum()), rel=1e-5) for r in WIDTHS}
     assert 0 < errors[4] < errors[2]
     assert (
         activations.propagate(walk.blocks[1], walk.calls[1], {r: streams[r] for r in WIDTHS}, {r: walk.held(1) for r in WIDTHS}, walk.of_block(1))

@@ -134,7 +134,7 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "method": "minmax", "bits": "4,2", "targets": "4:2.5,2:1", "parent_bits": "6", "group_size": "-1", "slicing": "round", "scale_dtype": "float32",
         "refit_bits": "0", "feedback": "mean", "damping": "0.5", "calibration": "x.txt", "num_samples": "3", "seq_len": "9", "eval_samples": "0", "seed": "7",
-        "favor": "4,2", "streams": "6", "asymmetric_calibration": "0.25", "sweeps": "1", "refine_steps": "5", "refine_tokens": "3", "refine_reach": "0.5",
+        "favor": "4,2", "streams": "6", "stream_samples": "2", "asymmetric_calibration": "0.25", "sweeps": "1", "refine_steps": "5", "refine_tokens": "3", "refine_reach": "0.5",
         "refine_dtype": "bfloat16",
     }  # fmt: skip
     switches = ["--no-symmetric", "--no-overlap", "--no-clip-search", "--no-act-order", "--no-static-groups", "--no-rotate", "--no-normalize"]
@@ -144,7 +144,7 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert covered == {field.name for field in fields(Recipe)}
     assert recipe == Recipe(
         method="minmax", bits=(4, 2), targets={4: 2.5, 2: 1.0}, normalize=False, favor=(4, 2), parent_bits=6, group_size=-1, symmetric=False, overlap=False,
-        slicing="round", scale_dtype="float32", refit_bits=0, clip_search=False, act_order=False, static_groups=False, feedback="mean", streams=(6,),
+        slicing="round", scale_dtype="float32", refit_bits=0, clip_search=False, act_order=False, static_groups=False, feedback="mean", streams=(6,), stream_samples=2,
         asymmetric_calibration=0.25, sweeps=1, refine_steps=5, refine_tokens=3, refine_reach=0.5, refine_dtype="bfloat16", damping=0.5, skip=("*.o_proj", "lm_head"), calibration="x.txt",
         num_samples=3, seq_len=9, eval_samples=0, seed=7,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from matquant.errors import MatquantError, RecipeError
 from matquant.recipe import ORIGINAL, Recipe
 
 # A change here means that finished checkpoints name another recipe than a new run with the same words: say so in CHANGELOG.
-DEFAULT_HASH = "21056d208dbfe28eb102f17ec6060c65a0a087a1793d5c1e9aa6f8a0a89a21b5"
+DEFAULT_HASH = "f4327ce5fa4fb883e5054bda8e10f29e7816c3bf8a67e959d0d8b718d9497db8"
 
 OTHER = Recipe(
     method="minmax", bits=(2, 4), targets={4: 1, 2: 3}, parent_bits=4, group_size=-1, symmetric=True, slicing="round", scale_dtype="bfloat16",

@@ -132,6 +132,7 @@ def like(hidden: Float[Tensor, "samples length hidden"], file: Path | None) -> F
 
 # --- statistics of a block's inputs ---------------------------------------------------------------------------------
 
+PANEL = 256  # columns of a product at once
 Weights = Mapping[str, Tensor]  # layer -> its weight as the module holds it
 
 
@@ -152,14 +153,22 @@ class Moments:
 
     total: Float[Tensor, "in in"]
     tokens: int = 0
+    symmetric: bool = False
 
-    def add(self, x: Float[Tensor, "tokens in"], y: Float[Tensor, "tokens in"]) -> None:
-        self.total.addmm_(x.T, y)
+    def add(self, x: Float[Tensor, "tokens in"], y: Float[Tensor, "tokens in"] | None = None) -> None:
+        """x^T y of some tokens. Without y, x^T x, of which only panels from the diagonal to the right are computed: half the work."""
         self.tokens += len(x)
+        self.symmetric = y is None
+        if y is not None:
+            self.total.addmm_(x.T, y)
+            return
+        for start in range(0, x.shape[1], PANEL):
+            self.total[start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
 
     @property
     def mean(self) -> Float[Tensor, "in in"]:
-        return self.total / max(self.tokens, 1)
+        total = self.total.triu() + self.total.triu(1).T if self.symmetric else self.total
+        return total / max(self.tokens, 1)
 
 
 def place(layers: Mapping[str, nn.Module], weights: Weights) -> None:
@@ -211,7 +220,8 @@ def statistics(
 ) -> dict[str, Inputs]:
     """Inputs of the `leaders`, each stream run with its own weights up to the last of them. A leader that no token reaches is absent.
 
-    streams, weights: by width; the original's is there, under ORIGINAL, if `cross` is wanted.
+    streams, weights: by width; the original's is there, under ORIGINAL, if `cross` is wanted. A stream may hold fewer sequences: the
+    first of those that the original's holds.
     """
     caught: dict[str, Tensor] = {}
     waiting: set[str] = set()
@@ -237,12 +247,12 @@ def statistics(
     c: dict[str, dict[int, Moments]] = {}
     widths = list(streams)
     with _hooks({name: layers[name] for name in leaders}, observe), torch.inference_mode():
-        for sample in range(len(streams[widths[0]])):
+        for sample in range(max(map(len, streams.values()))):
             original = inputs(ORIGINAL, sample) if ORIGINAL in streams else {}
-            for width in widths:
+            for width in (width for width in widths if sample < len(streams[width])):
                 for name, x in (original if width == ORIGINAL else inputs(width, sample)).items():
                     empty = lambda x=x: Moments(x.new_zeros(x.shape[1], x.shape[1]))  # noqa: E731
-                    h.setdefault(name, {}).setdefault(width, empty()).add(x, x)
+                    h.setdefault(name, {}).setdefault(width, empty()).add(x)
                     if (
                         cross and width != ORIGINAL and name in original and original[name].shape == x.shape
                     ):  # a router may send an expert other tokens
@@ -278,13 +288,14 @@ def propagate(
     the original's stream, where there is one."""
     power, error = 0.0, dict.fromkeys((width for width in streams if width != ORIGINAL), 0.0)
     with torch.inference_mode():
-        for sample in range(len(next(iter(streams.values())))):
+        for sample in range(max(map(len, streams.values()))):
             outputs: dict[int, Tensor] = {}
             for width, hidden in streams.items():
-                place(layers, weights[width])
-                outputs[width] = call(block, hidden[sample][None])[0]
-                hidden[sample] = outputs[width]
-            if ORIGINAL in streams:
+                if sample < len(hidden):
+                    place(layers, weights[width])
+                    outputs[width] = call(block, hidden[sample][None])[0]
+                    hidden[sample] = outputs[width]
+            if ORIGINAL in outputs and len(outputs) == len(streams):
                 power += outputs[ORIGINAL].double().square().sum().item()
                 for width in error:
                     error[width] += (outputs[width] - outputs[ORIGINAL]).double().square().sum().item()

@@ -80,8 +80,9 @@ class BlockState:
         assert self.call is not None
         recipe, local = self.recipe, {name: name.removeprefix(self.prefix + ".") for name in self.names}
         activations.place(self.layers, self.weights[ORIGINAL])
+        passed = min(map(len, self.streams.values()))
         with torch.no_grad():
-            goal = torch.cat([self.call(self.block, x[None]) for x in self.streams[ORIGINAL]])
+            goal = torch.cat([self.call(self.block, x[None]) for x in self.streams[ORIGINAL][:passed]])
         streams = {r: self.streams[recipe.stream_of(r)] for r in {*recipe.targets, *recipe.layout.refit_widths}}
         together = self.call.takes_many(self.block, self.streams[ORIGINAL])
         layers = {local[name]: layer for name, layer in self.layers.items()}
