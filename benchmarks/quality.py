@@ -9,6 +9,7 @@ A variant and seed that is already in the output file is not run again, so an in
 """
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -27,6 +28,7 @@ from matquant import calibration, models
 from matquant.blocks import BlockRun, Silent
 from matquant.evaluate import logits_of, measure, windows
 from matquant.recipe import Recipe
+from matquant.rotate import rotated
 
 WIDTHS = (8, 6, 4, 3, 2)
 ALL_WIDTHS = (8, 7, 6, 5, 4, 3, 2)
@@ -55,6 +57,7 @@ VARIANTS = {
     "matgptq-2348": Variant("MatGPTQ's rule, targets 8,4,3,2", MATGPTQ | {"targets": {8: 1.0, 4: 1.0, 3: 1.0, 2: 1.0}}),
     "nested": Variant("ours, without gradients", {"bits": ALL_WIDTHS}),
     "block": Variant("ours, block refinement", {"bits": ALL_WIDTHS, "method": "block", "refine_dtype": "bfloat16"}),
+    "targets-842": Variant("ours, without gradients, targets 8,4,2", {"bits": ALL_WIDTHS, "targets": {8: 0.05, 4: 0.25, 2: 1.0}}),
     "dedicated": Variant("ours, one run a width", {}, dedicated=True),
     "one-pass": Variant("ablation: GPTQ alone, one stream", PLAIN | ONE_STREAM),
     "one-stream": Variant("ablation: one stream", ONE_STREAM | {"asymmetric_calibration": 0.0}),
@@ -67,6 +70,10 @@ VARIANTS = {
     "no-clip-search": Variant("ablation: no clip search", {"clip_search": False}),
     "integer-zero": Variant("symmetric grid", {"symmetric": True}),
     "round": Variant("slicing round", {"slicing": "round"}),
+    "rotated": Variant("rotated, no gradients", {"rotate": True}),
+    "gptq-rotated": Variant("rotated, classic GPTQ, one run a width", PLAIN | {"refit_bits": 0, "rotate": True}, dedicated=True),
+    "overlap": Variant("overlap, no gradients", {"overlap": True}),
+    "block-overlap": Variant("overlap, block refinement", {"method": "block", "refine_dtype": "bfloat16", "overlap": True}),
     **{f"lam8-{lam:g}": Variant(f"lam of 8 bits {lam:g}", {"targets": {**Recipe().targets, 8: lam}}) for lam in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
     "favor-2": Variant("2 bits favoured", {"favor": (2,)}),
     "favor-4": Variant("4 bits favoured", {"favor": (4,)}),
@@ -108,10 +115,18 @@ class Bench:
     def __init__(self, dense: Any, source: tuple[str, str | None], texts: dict[str, torch.Tensor]) -> None:
         self.dense, self.source, self.texts = dense, source, texts
         self.truth: dict[bytes, torch.Tensor] = {}
+        forward = logits_of(dense)
+
+        def remember(ids: torch.Tensor) -> torch.Tensor:
+            self.truth[ids.numpy().tobytes()] = forward(ids)
+            return self._reference(ids)
+
+        self.perplexity = {text: measure(forward, remember, held, [], None)[0].perplexity for text, held in texts.items()}
 
     def run(self, recipe: Recipe, train: torch.Tensor) -> list[dict[str, Any]]:
         """Rows {text, bits, refit, bits_per_weight, perplexity, kl, top1, quantize_seconds} of one recipe."""
-        source = models.open_source(*self.source)
+        source = rotated(models.open_source(*self.source), recipe)
+        dense = turned(self.dense, source) if recipe.rotate else self.dense
         layers = models.find_layers(source.model, recipe)
         with tempfile.TemporaryDirectory() as folder:
             run = BlockRun(source, layers, recipe, Path(folder), torch.device("cpu"), torch.float32, Silent())
@@ -122,7 +137,7 @@ class Bench:
         del source
         gc.collect()
         count = sum(shape.weights for shape in layers.quantized.values())
-        originals = {name: self.dense.get_submodule(name) for name in layers.quantized}
+        originals = {name: dense.get_submodule(name) for name in layers.quantized}
         both = recipe.sweeps == 0 and bool(recipe.layout.refit_widths)  # codes do not depend on the refits
         rows = []
         for text, held in self.texts.items():
@@ -137,32 +152,30 @@ class Bench:
                     own = refits and bits in recipe.layout.refit_widths
                     labels.append({"text": text, "bits": bits, "refit": own, "bits_per_weight": size, "quantize_seconds": seconds})
                     settings.append((str(len(labels)), choose(state, originals, weights, bits, refits)))
-            found = measure(self._forward(state), self._reference(originals), held, settings, None)[1:]
+            found = measure(self._forward(dense, state), self._reference, held, settings, None)[1:]
             rows += [{**label, "perplexity": q.perplexity, "kl": q.kl, "top1": q.top1} for label, q in zip(labels, found, strict=True)]
-        swap(self.dense, originals)
+        swap(dense, originals)
         return rows
 
-    def _forward(self, state: dict[str, Any]) -> Any:
+    def _forward(self, dense: Any, state: dict[str, Any]) -> Any:
         def forward(ids: torch.Tensor) -> torch.Tensor:
-            swap(self.dense, state["modules"])
-            return logits_of(self.dense)(ids)
+            swap(dense, state["modules"])
+            return logits_of(dense)(ids)
 
         return forward
 
-    def _reference(self, originals: dict[str, Any]) -> Any:
-        def reference(ids: torch.Tensor) -> torch.Tensor:
-            key = ids.numpy().tobytes()
-            if key not in self.truth:
-                swap(self.dense, originals)
-                self.truth[key] = logits_of(self.dense)(ids)
-            return self.truth[key]
+    def _reference(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.truth[ids.numpy().tobytes()]
 
-        return reference
 
-    def original_perplexity(self) -> dict[str, float]:
-        """Of each text."""
-        forward = logits_of(self.dense)
-        return {text: measure(forward, forward, held, [], None)[0].perplexity for text, held in self.texts.items()}
+def turned(dense: Any, source: models.Source) -> Any:
+    """A copy of `dense` with the rotated tensors of `source`, which compute the same."""
+    model = copy.deepcopy(dense)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # no longer tied
+    for name, parameter in model.named_parameters():
+        parameter.data = source.tensors[name].float()
+    return model
 
 
 def swap(model: Any, modules: dict[str, Any]) -> None:
@@ -230,8 +243,7 @@ def main() -> None:
     if result.get("setting", setting) != setting:
         sys.exit(f"{options.out} was made with other settings: {result['setting']}; choose another --out")
     result |= {"name": options.name, "setting": setting}
-    if "original" not in result:
-        result["original"] = bench.original_perplexity()
+    result.setdefault("original", bench.perplexity)
     for seed in options.seeds:
         train = calibrating(options.calibration, tokenizer, dense, options.num_samples, options.seq_len, seed)
         for name in options.only:

@@ -2,8 +2,8 @@
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is `flags COMMAND` (from the command line
 itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
-`matquant eval --json` prints them), or `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
-benchmarks/quality.py).
+`matquant eval --json` prints them), `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
+benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py) or `speed MODEL` (speed-MODEL.json, benchmarks/speed.py).
 """
 
 import json
@@ -72,7 +72,7 @@ def results() -> str:
 
 
 QUALITY_ORDER = (
-    "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "lam8-0.02", "block", "dedicated", "integer-zero", "round"
+    "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "targets-842", "block", "dedicated", "integer-zero", "round"
 )  # fmt: skip
 ABLATION_ORDER = (
     "one-pass", "streams", "streams-refit", "streams-refit+refit", "one-stream", "two-streams", "symmetric-target", "full-target", "no-clip-search",
@@ -114,8 +114,41 @@ def favor(model: str) -> str:
     return _table(_variants(stored), FAVOR_ORDER, next(iter(stored["original"])), "kl", _kl)
 
 
-def _stored(model: str) -> dict[str, Any]:
-    return json.loads((REPO / "benchmarks" / "results" / f"quality-{model}.json").read_text())
+def peers(model: str) -> str:
+    """KL and bits per weight of other packages' checkpoints, and of ours on the same tokens."""
+    theirs, ours = _stored(model, "peers"), _stored(model)
+    for key in ("group_size", "train", "held_out"):
+        assert theirs["setting"][key] == ours["setting"][key], key
+    runs = {f"{key.partition('/')[0]}": run for key, run in theirs["runs"].items()}
+    texts = list(theirs["original"])
+    versions = dict.fromkeys(f"{name} {number}" for run in runs.values() for name, number in run["versions"].items())
+    kept = {key: run for key, run in ours["runs"].items() if key in ("gptq/0", "nested/0", "block/0")}
+    shown = _variants({"runs": {**kept, **{f"{name}/0": run for name, run in runs.items()}}})
+    order = ("gptq", *sorted(runs), "nested", "block")
+    parts = [f"{', '.join(versions)}. Same {_counts(ours['setting']['train'])} to calibrate on as ours, groups of {ours['setting']['group_size']}.\n"]
+    parts += [f"KL to the original, {_text(text)}:\n\n{_table(shown, order, text, 'kl', _kl)}" for text in texts]
+    parts.append(f"bits per weight, metadata included:\n\n{_table(shown, order, texts[0], 'bits_per_weight', _bits)}")
+    return "\n".join(parts)
+
+
+def speed(model: str) -> str:
+    """Seconds of quantizing a model's first blocks, part by part."""
+    stored = _stored(model, "speed")
+    setting, rows = stored["setting"], stored["rows"]
+    base = next(row for row in rows if row["variant"] == "classic")["seconds"]["total"]
+    parts = list(dict.fromkeys(part for row in rows for part in row["seconds"] if part != "total"))
+    table = [[row["words"], *(f"{row['seconds'].get(part, 0.0):.1f}" for part in parts)] for row in rows]
+    for line, row in zip(table, rows, strict=True):
+        line += [f"{row['seconds']['total']:.1f}", f"{row['seconds']['total'] / base:.2f}"]
+    return (
+        f"    {stored['command']}\n\nSeconds for {setting['blocks']} blocks, groups of {setting['group_size']}, {_counts([setting['num_samples'], setting['seq_len']])}, "
+        f"{stored['machine']['threads']} threads, torch {stored['machine']['versions']['torch']}, float32.\n\n"
+        + markdown(["", *parts, "total", "of classic"], table)
+    )
+
+
+def _stored(model: str, kind: str = "quality") -> dict[str, Any]:
+    return json.loads((REPO / "benchmarks" / "results" / f"{kind}-{model}.json").read_text())
 
 
 Values = dict[tuple[str, int], dict[str, list[float]]]  # (text, bits) -> measure -> one value a seed
@@ -212,7 +245,7 @@ def render(name: str) -> str:
     return {"exit codes": exit_codes, "results": results}[name]()
 
 
-PARTS = {"quality": quality, "ablation": ablation, "favor": favor}
+PARTS = {"quality": quality, "ablation": ablation, "favor": favor, "peers": peers, "speed": speed}
 
 
 def regenerate(text: str) -> str:

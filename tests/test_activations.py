@@ -271,6 +271,39 @@ def test_streams_move_on_with_their_own_weights_and_tell_their_errors(tiny: Tiny
     )
 
 
+class Positioned(nn.Module):
+    """What is passed besides the hidden state decides how many sequences one call may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return self.linear(x) + (
+            shift if shift.dim() == 1 else shift.repeat_interleave(len(x) // len(shift), 0) * torch.arange(len(x))[:, None, None]
+        )
+
+
+@pytest.mark.parametrize(
+    ("shift", "many"),
+    [
+        (torch.ones(4), True),
+        (torch.ones(3, 1, 1), False),  # does not fit two
+        (torch.ones(1, 5, 4), False),  # fits, with another result
+    ],
+)
+def test_several_sequences_pass_at_once_where_that_changes_nothing(shift: Tensor, many: bool) -> None:
+    call = activations.Call((shift,), {}, named=False)
+    assert call.takes_many(Positioned(), torch.randn(4, 5, 4)) == many
+    assert not call.takes_many(Positioned(), torch.randn(1, 5, 4)), "there is one only"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2"])
+def test_blocks_of_real_models_take_several_sequences(name: str, tiny: Tiny) -> None:
+    walk = Walk(tiny(name))
+    assert walk.calls[0].takes_many(walk.blocks[0], walk.hidden)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_streams_in_a_file_are_those_in_memory(dtype: torch.dtype, tmp_path: Path) -> None:
     hidden = torch.randn(3, 5, 7).to(dtype).transpose(0, 0)

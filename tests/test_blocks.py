@@ -90,6 +90,20 @@ def test_what_cannot_be_read_in_parts_is_loaded_whole_and_says_so(tiny: Tiny, tm
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.source.tensors.items()), "the original was overwritten"
 
 
+@pytest.mark.parametrize("method", ["gptq", "block"])
+def test_streams_of_fewer_sequences_calibrate_the_low_widths(method: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(RECIPE, method=method, parent_bits=8, targets={8: 0.1, 4: 1.0, 2: 1.0}, stream_samples=1, refine_steps=2)
+    passed: list[dict[int, int]] = []
+    original = BlockState.advance
+    monkeypatch.setattr(BlockState, "advance", lambda self: (passed.append({r: len(x) for r, x in self.streams.items()}), original(self))[1])
+    fewer, all_of_them = run_of(tiny("llama"), tmp_path / "fewer", recipe), run_of(tiny("llama"), tmp_path / "all", replace(recipe, stream_samples=0))
+    fewer.quantize(TOKENS)
+    assert passed == [{0: len(TOKENS), **dict.fromkeys(recipe.stream_widths, 1)}] * 2
+    all_of_them.quantize(TOKENS)
+    assert not same(tmp_path / "fewer", tmp_path / "all")
+    assert all(0 < error < 1 for output in fewer.outputs() for error in output.values())
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ class BlockState:
         passed = min(map(len, self.streams.values()))
         with torch.no_grad():
             goal = torch.cat([self.call(self.block, x[None]) for x in self.streams[ORIGINAL][:passed]])
-        streams = {r: self.streams[recipe.stream_of(r)] for r in {*recipe.targets, *recipe.layout.refit_widths}}
+        streams = {r: self.streams[recipe.stream_of(r)][:passed] for r in {*recipe.targets, *recipe.layout.refit_widths}}
         together = self.call.takes_many(self.block, self.streams[ORIGINAL])
         layers = {local[name]: layer for name, layer in self.layers.items()}
         trainer = Trainer(self.block, self.call, layers, streams, goal, together, getattr(torch, recipe.refine_dtype))
