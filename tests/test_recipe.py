@@ -14,7 +14,7 @@ from matquant.errors import MatquantError, RecipeError
 from matquant.recipe import ORIGINAL, Recipe
 
 # A change here means that finished checkpoints name another recipe than a new run with the same words: say so in CHANGELOG.
-DEFAULT_HASH = "f4327ce5fa4fb883e5054bda8e10f29e7816c3bf8a67e959d0d8b718d9497db8"
+DEFAULT_HASH = "8bce44ab069bc18328c422a1ad6ac51f8e406f8013e395e871285351cd49bda5"
 
 OTHER = Recipe(
     method="minmax", bits=(2, 4), targets={4: 1, 2: 3}, parent_bits=4, group_size=-1, symmetric=True, slicing="round", scale_dtype="bfloat16",
@@ -139,7 +139,7 @@ def test_every_field_says_what_it_is() -> None:
         ({"streams": [9]}, "cannot read 9 bits"),
         ({"streams": ["8"], "sweeps": -1}, "sweeps is -1; it must be at least 0"),
         ({"feedback": "mean"}, r"feedback mean keeps one running weight, which needs one stream for all targets, not that of 4 bits .*; name one"),
-        ({"method": "block", "refit_bits": 6}, "method block needs parent_bits 8, slicing floor and refit_bits up to 4"),
+        ({"method": "block", "slicing": "round"}, "method block needs parent_bits 8 and slicing floor, not 8 and round"),
         ({"refine_reach": 0.0}, "refine_reach is 0.0; it must be above 0 and at most 128"),
         ({"refine_dtype": "float16"}, "refine_dtype is 'float16'; choose from float32, bfloat16"),
         ({"refine_steps": 0}, "refine_steps is 0; it must be at least 1"),

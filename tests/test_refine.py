@@ -200,7 +200,7 @@ def test_split_holds_some_out_and_trains_on_the_rest(samples: int) -> None:
 @pytest.mark.parametrize("name,overlap", [("llama", False), ("llama", True), ("gpt2", False), ("gemma3", False)])
 def test_a_model_end_to_end_says_what_became_of_each_block(name: str, tiny: Callable[[str], Path], tmp_path: Path, overlap: bool) -> None:
     source = open_source(str(tiny(name)))
-    recipe = replace(RECIPE, overlap=overlap, refine_steps=4, num_samples=6, seq_len=16)
+    recipe = replace(RECIPE, overlap=overlap, refine_steps=4, num_samples=6, seq_len=16, bits=(8, 6, 5, 4, 3, 2), refit_bits=6)
     layers = find_layers(source.model, recipe)
     run = BlockRun(source, layers, recipe, tmp_path, torch.device("cpu"), torch.float32, Silent())
     run.quantize(torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0)))
@@ -212,13 +212,13 @@ def test_a_model_end_to_end_says_what_became_of_each_block(name: str, tiny: Call
     for layer in layers.quantized:
         weight = run.weight(layer)
         assert weight.grid.overlap == overlap
-        assert weight.read(8).dense().isfinite().all()
+        assert weight.read(8).dense().isfinite().all() and set(weight.refits) == {6, 5, 4, 3, 2}
     json.dumps([dict(output) for output in run.outputs()])
 
 
-@pytest.mark.parametrize("wrong", [{"parent_bits": 6, "bits": (4,), "targets": {4: 1.0}}, {"slicing": "round"}, {"refit_bits": 6}])
+@pytest.mark.parametrize("wrong", [{"parent_bits": 6, "bits": (4,), "targets": {4: 1.0}}, {"slicing": "round"}])
 def test_what_block_refinement_cannot_do_is_refused(wrong: dict[str, object]) -> None:
     from matquant.errors import RecipeError
 
-    with pytest.raises(RecipeError, match="method block needs parent_bits 8, slicing floor"):
+    with pytest.raises(RecipeError, match="method block needs parent_bits 8 and slicing floor"):
         Recipe(**{"method": "block", **wrong})

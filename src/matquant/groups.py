@@ -101,6 +101,8 @@ class BlockState:
                 else:
                     h = known.h[recipe.stream_of(max(recipe.bits))]
                     fitted = fit_residual(stacked, w, factorize(h, recipe.damping, visiting_order([h], recipe.act_order)), recipe.grid, recipe.sweeps)
+                    wide = tuple(r for r in recipe.layout.refit_widths if r > HIGH)
+                    fitted, _ = refit(fitted, dict.fromkeys(wide, w), dict.fromkeys(wide, h), wide)
                 ends = torch.tensor([0, *(len(weights[local[name]].codes) for name in members)]).cumsum(0).tolist()
                 found |= {local[name]: _rows(fitted, slice(start, end)) for name, start, end in zip(members, ends, ends[1:], strict=False)}
             return found

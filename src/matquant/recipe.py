@@ -52,7 +52,7 @@ class Recipe:
     overlap: bool = _help("residual cells overlap above 4 bits (docs/FORMAT.md)", default=False)
     slicing: Slicing = _help("how r bits are taken from a code: floor, round or round-overflow", default="floor")
     scale_dtype: str = _help("storage of scales: float16, bfloat16 or float32", default="float16")
-    refit_bits: int = _help("widths up to this one get a refit, two bytes a group; 0 = none", default=4)
+    refit_bits: int = _help("widths up to this one get a refit, two bytes a group; 0 = none", default=5)
     clip_search: bool = _help("search the range of each group instead of spanning the largest weight", default=True)
     act_order: bool = _help("visit input channels in order of descending activation power", default=True)
     static_groups: bool = _help("fix scales before the first code is chosen; off = when the group is reached, as the papers do", default=True)
@@ -99,10 +99,9 @@ class Recipe:
             raise RecipeError(f"seed is {self.seed}; it must be below 2^63")
         if not 0 < self.damping < float("inf"):
             raise RecipeError(f"damping is {self.damping}; it must be a positive number, for instance 0.01")
-        if self.method == "block" and (self.parent_bits != 8 or self.slicing != "floor" or self.refit_bits > 4):
+        if self.method == "block" and (self.parent_bits != 8 or self.slicing != "floor"):
             raise RecipeError(
-                f"method block needs parent_bits 8, slicing floor and refit_bits up to 4, not {self.parent_bits}, {self.slicing} and {self.refit_bits}; "
-                "change them, or use method gptq"
+                f"method block needs parent_bits 8 and slicing floor, not {self.parent_bits} and {self.slicing}; change them, or use method gptq"
             )
         if not 0 < self.refine_reach <= 128:
             raise RecipeError(f"refine_reach is {self.refine_reach}; it must be above 0 and at most 128 parent codes, for instance 4")
