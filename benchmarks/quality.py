@@ -66,6 +66,8 @@ VARIANTS = {
     "symmetric-target": Variant("ablation: all but the asymmetric target", {"asymmetric_calibration": 0.0}),
     "full-target": Variant("ablation: asymmetric target 1 instead of the default", {"asymmetric_calibration": 1.0}),
     "two-streams": Variant("ablation: streams 8 and 2", {"streams": (8, 2)}),
+    "fewer-streams": Variant("ablation: low widths' streams of half the sequences", {"stream_samples": 64}),
+    "fast": Variant("ablation: the same, and 1 sweep", {"stream_samples": 64, "sweeps": 1}),
     "sweeps-6": Variant("ablation: 6 sweeps", {"sweeps": 6}),
     "no-clip-search": Variant("ablation: no clip search", {"clip_search": False}),
     "integer-zero": Variant("symmetric grid", {"symmetric": True}),

@@ -34,12 +34,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "classic": CLASSIC,
     "nested": {},
     "nested-32": {"stream_samples": 32},
+    "fast": {"stream_samples": 32, "sweeps": 1},
     "block-bfloat16": {"method": "block", "refine_dtype": "bfloat16"},
 }
 WORDS = {
     "classic": "classic GPTQ, 4 bits",
     "nested": "ours, 8 to 2 bits",
     "nested-32": "ours, low widths' streams of 32 sequences",
+    "fast": "ours, recipes/fast.yaml",
     "block-bfloat16": "ours, block refinement in bfloat16",
 }
 PARTS: dict[str, list[tuple[Any, str]]] = {
@@ -118,7 +120,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=["classic", "nested", "nested-32"], choices=list(VARIANTS))
+    parser.add_argument("--only", nargs="*", default=["classic", "nested", "nested-32", "fast"], choices=list(VARIANTS))
     options = parser.parse_args()
     source = models.open_source(options.model, None)
     dense = models.load_dense(options.model, source.folder, None, dtype=torch.float32) if options.calibration == "self" else None

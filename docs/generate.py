@@ -76,7 +76,7 @@ QUALITY_ORDER = (
 )  # fmt: skip
 ABLATION_ORDER = (
     "one-pass", "streams", "streams-refit", "streams-refit+refit", "one-stream", "two-streams", "symmetric-target", "full-target", "no-clip-search",
-    "sweeps-6", "nested"
+    "fewer-streams", "fast", "sweeps-6", "overlap", "rotated", "nested"
 )  # fmt: skip
 FAVOR_ORDER = ("nested", "favor-2", "favor-4", "favor-8")
 

@@ -376,4 +376,20 @@ def test_experts_are_one_stage_and_one_that_a_stream_does_not_reach_takes_the_mo
     torch.testing.assert_close(found[names[1]].h[4], low.T @ low / len(low))
     assert torch.equal(found[names[1]].h[2], found[names[1]].h[ORIGINAL])  # nothing of 2 bits came there
     torch.testing.assert_close(found[names[0]].h[2], above.flatten(0, 1).T @ above.flatten(0, 1) / 12)
-    assert not found[names[0]].cross[4].any() and 2 not in found[names[0]].cross  # other tokens: nothing to compare
+    assert found[names[0]].cross == {}, "a router's choice is not paired"
+
+
+def test_what_a_router_sends_to_an_expert_is_not_paired_with_what_it_sent_before() -> None:
+    """As many tokens in both streams, but others: their differences would mean nothing."""
+    torch.manual_seed(0)
+    block, call = Routed(), activations.Call((), {}, named=False)
+    layers = {f"experts.{i}.up": expert["up"] for i, expert in enumerate(block.experts)}
+    names = list(layers)[:2]
+    hidden = torch.randn(1, 6, 4)
+    hidden[0, :, 0] = torch.tensor([1.0, 1, 1, -1, -1, -1])
+    flipped = hidden.clone()
+    flipped[..., 0] *= -1
+    held = {name: layer.weight.data for name, layer in layers.items()}
+    streams = {ORIGINAL: hidden, 2: flipped}
+    found = activations.statistics(block, call, streams, dict.fromkeys(streams, held), layers, names, cross=True)
+    assert all(set(found[name].h) == {ORIGINAL, 2} and found[name].cross == {} for name in names)

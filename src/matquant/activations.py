@@ -253,9 +253,8 @@ def statistics(
                 for name, x in (original if width == ORIGINAL else inputs(width, sample)).items():
                     empty = lambda x=x: Moments(x.new_zeros(x.shape[1], x.shape[1]))  # noqa: E731
                     h.setdefault(name, {}).setdefault(width, empty()).add(x)
-                    if (
-                        cross and width != ORIGINAL and name in original and original[name].shape == x.shape
-                    ):  # a router may send an expert other tokens
+                    whole = len(x) == streams[width].shape[1]  # a router may send an expert other tokens than before
+                    if cross and width != ORIGINAL and whole and name in original and original[name].shape == x.shape:
                         c.setdefault(name, {}).setdefault(width, empty()).add(original[name] - x, x)
     found = {name: {width: moments.mean for width, moments in of.items()} for name, of in h.items()}
     crossed = {name: {width: moments.mean for width, moments in of.items()} for name, of in c.items()}
