@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,39 @@ def edited(tiny: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+# --- whole runs (runs.py) ---
+# matquant is imported within: a conftest is read before pytest has its shape checker look at imports.
+
+
+@pytest.fixture
+def no_plots(request: pytest.FixtureRequest, quick_collect: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than all the rest of a run of a tiny model; the tests that ask for them have `plot` in their names."""
+    from matquant import pipeline
+
+    if "plot" not in request.node.name:
+        monkeypatch.setattr(pipeline, "quality_svg", lambda rows: None)
+        monkeypatch.setattr(pipeline, "errors_svg", lambda layers, outputs: None)
+
+
+@pytest.fixture
+def recipe(text: Path) -> Any:
+    from runs import SMALL
+
+    return replace(SMALL, calibration=str(text))
+
+
+@pytest.fixture(scope="session")
+def want(tiny: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `recipe` makes of "llama" when nothing disturbs it."""
+    from runs import SMALL
+
+    from matquant import pipeline
+
+    folder = tmp_path_factory.mktemp("want") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "quality_svg", lambda rows: None)
+        patch.setattr(pipeline, "errors_svg", lambda layers, outputs: None)
+        pipeline.quantize(str(tiny("llama")), folder, replace(SMALL, calibration=str(text)), pipeline.RunOptions())
+    return folder

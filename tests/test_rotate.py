@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL
-from test_pipeline import sums
+from runs import sums
 from torch import Tensor, nn
 
 import matquant
