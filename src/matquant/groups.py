@@ -94,15 +94,8 @@ class BlockState:
             found: dict[str, NestedWeight] = {}
             for members in groups:
                 w = torch.cat([self._original(name) for name in members])
-                known = inputs.get(members[0]) or self._unknown({"": w})
                 stacked = _stack([weights[local[name]] for name in members])
-                if planes < HIGH:
-                    fitted = repair(stacked, w, known, recipe, planes)
-                else:
-                    h = known.h[recipe.stream_of(max(recipe.bits))]
-                    fitted = fit_residual(stacked, w, factorize(h, recipe.damping, visiting_order([h], recipe.act_order)), recipe.grid, recipe.sweeps)
-                    wide = tuple(r for r in recipe.layout.refit_widths if r > HIGH)
-                    fitted, _ = refit(fitted, dict.fromkeys(wide, w), dict.fromkeys(wide, h), wide)
+                fitted = fit_below(stacked, w, inputs.get(members[0]) or self._unknown({"": w}), recipe, planes)
                 ends = torch.tensor([0, *(len(weights[local[name]].codes) for name in members)]).cumsum(0).tolist()
                 found |= {local[name]: _rows(fitted, slice(start, end)) for name, start, end in zip(members, ends, ends[1:], strict=False)}
             return found
@@ -175,6 +168,17 @@ def quantize_group(weights: Mapping[str, Float[Tensor, "_ in"]], inputs: Inputs,
         errors = relative.pop("")
         results[name] = _rows(nested, rows), LayerReport(name, Shape(*weight.shape), errors, notes, relative)
     return results
+
+
+def fit_below(weight: NestedWeight, w: Float[Tensor, "out in"], inputs: Inputs, recipe: Recipe, planes: int) -> NestedWeight:
+    """`weight` with the planes below the first `planes` fitted to `w` anew: for all wider targets, or, below the high nibble, for the
+    widest read, with overlap if the recipe says so."""
+    if planes < HIGH:
+        return repair(weight, w, inputs, recipe, planes)
+    h = inputs.h[recipe.stream_of(max(recipe.bits))]
+    factor = factorize(h, recipe.damping, visiting_order([h], recipe.act_order))
+    wide = tuple(r for r in recipe.layout.refit_widths if r > HIGH)
+    return refit(fit_residual(weight, w, factor, recipe.grid, recipe.sweeps), dict.fromkeys(wide, w), dict.fromkeys(wide, factor.damped), wide)[0]
 
 
 def layer_errors(w: Float[Tensor, "out in"], weight: NestedWeight, inputs: Inputs, recipe: Recipe) -> dict[int, float | None]:
