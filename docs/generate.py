@@ -141,7 +141,7 @@ def speed(model: str) -> str:
     for line, row in zip(table, rows, strict=True):
         line += [f"{row['seconds']['total']:.1f}", f"{row['seconds']['total'] / base:.2f}"]
     return (
-        f"    {stored['command']}\n\nSeconds for {setting['blocks']} blocks, groups of {setting['group_size']}, {_counts([setting['num_samples'], setting['seq_len']])}, "
+        f"    {stored['command']}\n\nSeconds, blocks: {setting['blocks']}, groups of {setting['group_size']}, {_counts([setting['num_samples'], setting['seq_len']])}, "
         f"{stored['machine']['threads']} threads, torch {stored['machine']['versions']['torch']}, float32.\n\n"
         + markdown(["", *parts, "total", "of classic"], table)
     )
