@@ -3,8 +3,11 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from matquant.pipeline import RunOptions
@@ -38,3 +41,19 @@ class Lines:
 
     def line(self, text: str) -> None:
         self.lines.append(text)
+
+
+class Crash(BaseException):
+    """As SIGINT would: not an Exception."""
+
+
+def crash_at(module: Any, name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the `number`-th call of module.name raise."""
+    calls, original = count(1), getattr(module, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise Crash
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, wrapped)

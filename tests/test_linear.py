@@ -76,7 +76,7 @@ def test_a_layer_with_leading_planes_reads_the_widths_they_allow(slicing: str, p
     part.load_state_dict({name: tensor for name, tensor in full.state_dict().items() if name in part.state_dict()})
     assert part.widths == tuple(r for r in ALL if planes_needed(r, 8, slicing) <= planes)
     assert part.bits == max(part.widths)
-    assert set(part.refits) == {r for r in (4, 3, 2) if r in part.widths}
+    assert set(part.refits) == {r for r in (5, 4, 3, 2) if r in part.widths}
     for bits in ALL:
         if bits in part.widths:
             assert torch.equal(part.weight_at(bits).dense(), full.weight_at(bits).dense())
@@ -152,7 +152,7 @@ def test_state_dict_and_copy() -> None:
     layer = layer_of(recipe(symmetric=False).layout)
     assert list(layer.state_dict()) == [
         *("bias", "weight", "plane_2", "plane_3", "plane_4", "plane_5", "plane_6", "plane_7"),
-        *("scale", "zero", "scale_4", "zero_4", "scale_3", "zero_3", "scale_2", "zero_2"),
+        *("scale", "zero", "scale_5", "zero_5", "scale_4", "zero_4", "scale_3", "zero_3", "scale_2", "zero_2"),
     ]
     layer.set_bits(3)
     other = copy.deepcopy(layer)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES
-from runs import FAST, IDS, RESUME, SMALL, Edited, Lines, Tiny, partial, sums
+from runs import FAST, IDS, RESUME, SMALL, Crash, Edited, Lines, Tiny, crash_at, partial, sums
 from torch import Tensor
 
 import matquant

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import FAST, OVERWRITE, RESUME, SMALL, Edited, Lines, Tiny, partial, sums
+from runs import FAST, OVERWRITE, RESUME, SMALL, Crash, Edited, Lines, Tiny, crash_at, partial, sums
 
 from matquant import activations, blocks, calibration, groups, pipeline
 from matquant.checkpoint import verify, writing
@@ -95,22 +95,6 @@ def test_killed_anywhere(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-class Crash(BaseException):
-    """As SIGINT would: not an Exception."""
-
-
-def crash_at(module: Any, name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the `number`-th call of module.name raise."""
-    calls, original = count(1), getattr(module, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == number:
-            raise Crash
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, wrapped)
 
 
 @pytest.fixture
