@@ -45,6 +45,7 @@ WORDS = {
     "block-bfloat16": "ours, block refinement in bfloat16",
 }
 PARTS: dict[str, list[tuple[Any, str]]] = {
+    "activations: the original's": [(activations, "pass_original")],
     "activations: moments of inputs": [(activations, "statistics")],
     "activations: to the next block": [(activations, "propagate")],
     "factors of Hessians": [(gptq, "factorize"), (repair, "factorize"), (groups, "factorize")],

@@ -70,6 +70,17 @@ def dense_inputs(model: Any, blocks: nn.ModuleList, names: list[str], windows: T
     return inputs, last
 
 
+def every_stream(
+    block: nn.Module, call: activations.Call, streams: dict[int, Tensor], weights: Weights, layers: dict[str, nn.Module], leaders: list[str]
+) -> tuple[dict[str, Inputs], dict[int, float]]:
+    """(inputs of the leaders, errors of the outputs) as a block's run asks for them: the original's stream goes first. Streams move on."""
+    before = streams[ORIGINAL].clone()
+    known = activations.pass_original(block, call, streams[ORIGINAL], weights[ORIGINAL], layers, leaders)
+    narrow = {r: x for r, x in streams.items() if r != ORIGINAL}
+    found = activations.statistics(block, call, narrow, weights, layers, leaders, known, before)
+    return found, activations.propagate(block, call, narrow, weights, layers, streams[ORIGINAL])
+
+
 def spelled(stages: list[list[list[str]]], prefix: str) -> list[list[list[str]]]:
     """Without the prefix; the order within a group is the model's own affair."""
     return [[sorted(name.removeprefix(prefix) for name in group) for group in stage] for stage in stages]
@@ -82,23 +93,27 @@ def test_the_walk_is_the_models_own_forward(name: str, tiny: Tiny) -> None:
     assert len(walk.calls) == 2 and len(walk.hidden) == 3 and all("forward" not in vars(block) for block in walk.blocks)
     dense = models.load_dense("it", tiny(name), None, dtype=F32)
     inputs, last = dense_inputs(dense, models.find_blocks(dense)[1], list(walk.layers.quantized), WINDOWS)
-    streams = {ORIGINAL: walk.hidden.clone()}
+    streams = {r: walk.hidden.clone() for r in (ORIGINAL, 2)}
     for index, block in enumerate(walk.blocks):
-        layers, weights = walk.of_block(index), {ORIGINAL: walk.held(index)}
+        layers, weights = walk.of_block(index), dict.fromkeys(streams, walk.held(index))
         stages = activations.stages(block, walk.calls[index], streams[ORIGINAL], layers)
+        narrow, before = {2: streams[2]}, streams[ORIGINAL].clone()
+        known = activations.pass_original(block, walk.calls[index], streams[ORIGINAL], weights[ORIGINAL], layers, [g[0] for s in stages for g in s])
         expected = [[sorted(group) for group in stage] for stage in STAGES[name]]
         assert spelled(stages, f"{walk.prefix}.{index}.") == expected
         for stage in stages:
             leaders = [group[0] for group in stage]
-            found = activations.statistics(block, walk.calls[index], streams, weights, layers, leaders, cross=False)
+            found = activations.statistics(block, walk.calls[index], narrow, weights, layers, leaders, known, before)
             assert sorted(found) == sorted(leaders)
             for group in stage:
                 for layer in group:
                     x = torch.cat(inputs[layer])
                     h = found[group[0]].h[ORIGINAL].double()
                     torch.testing.assert_close(h, x.T @ x / len(x), rtol=1e-4, atol=1e-5 * float(x.square().mean()))
-        assert activations.propagate(block, walk.calls[index], streams, weights, layers) == {}
-    assert all(torch.equal(a, b) for a, b in zip(streams[ORIGINAL], last, strict=True))
+                    assert torch.equal(found[group[0]].h[2], found[group[0]].h[ORIGINAL])
+                    assert not any(c.any() for c in found[group[0]].cross.values())
+        assert activations.propagate(block, walk.calls[index], narrow, weights, layers, streams[ORIGINAL]) == {2: 0.0}
+    assert all(torch.equal(a, b) for r in streams for a, b in zip(streams[r], last, strict=True))
 
 
 def test_sliding_windows_are_walked_with_their_masks(tiny: Tiny) -> None:
@@ -142,7 +157,7 @@ def test_other_ways_to_call_a_block() -> None:
     layers = dict(toy.blocks[0].named_children())
     assert activations.stages(toy.blocks[0], calls[0], hidden, layers) == [[["a", "b"]], [["rare"]]]
     held = {ORIGINAL: {name: layer.weight.data for name, layer in layers.items()}}
-    find = lambda x: activations.statistics(toy.blocks[0], calls[0], {ORIGINAL: x}, held, layers, ["a", "rare"], False)  # noqa: E731
+    find = lambda x: every_stream(toy.blocks[0], calls[0], {ORIGINAL: x.clone()}, held, layers, ["a", "rare"])[0]  # noqa: E731
     both = find(hidden)
     x = hidden.flatten(0, 1)
     torch.testing.assert_close(both["a"].h[ORIGINAL], x.T @ x / 6)
@@ -152,7 +167,7 @@ def test_other_ways_to_call_a_block() -> None:
     assert activations.stages(toy.blocks[0], calls[0], hidden[:1], layers) == [[["a", "b"]], [["rare"]]]  # last, for want of tokens
     for call, block in zip(calls, toy.blocks, strict=True):
         names = dict(block.named_children())
-        activations.propagate(block, call, {ORIGINAL: hidden}, {ORIGINAL: {name: layer.weight.data for name, layer in names.items()}}, names)
+        activations.pass_original(block, call, hidden, {name: layer.weight.data for name, layer in names.items()}, names)
     assert all(torch.equal(x, toy(w[None], False)[0]) for x, w in zip(hidden, windows, strict=True))
 
 
@@ -211,7 +226,8 @@ def test_moments_of_every_stream_are_those_of_its_own_inputs_and_weights(tiny: T
     layers = walk.of_block(1)
     for stage in activations.stages(walk.blocks[1], walk.calls[1], streams[ORIGINAL], layers):
         leader = stage[0][0]
-        found = activations.statistics(walk.blocks[1], walk.calls[1], streams, weights, layers, [leader], cross=True)[leader]
+        own = {r: x.clone() for r, x in streams.items()}
+        found = every_stream(walk.blocks[1], walk.calls[1], own, weights, layers, [leader])[0][leader]
         assert set(found.h) == {ORIGINAL, 4, 2} and set(found.cross) == {4, 2}
         for r, h in found.h.items():
             x = slow[r][leader]
@@ -233,7 +249,7 @@ def test_later_layers_see_what_passed_the_quantized_ones_before_them(tiny: Tiny)
 
     def moments(weights: dict[str, Tensor]) -> dict[str, Inputs]:
         streams = {2: walk.hidden.clone()}
-        return activations.statistics(walk.blocks[0], walk.calls[0], streams, {2: weights}, layers, [q, o], cross=False)
+        return activations.statistics(walk.blocks[0], walk.calls[0], streams, {2: weights}, layers, [q, o], {})
 
     before, after = moments(held), moments(changed)
     assert torch.equal(before[q].h[2], after[q].h[2])
@@ -247,9 +263,20 @@ def test_without_the_original_there_is_no_cross_moment(tiny: Tiny) -> None:
     streams, weights = drifted(walk, 0)
     layers = walk.of_block(0)
     leader = next(iter(layers))
-    for kept, cross in ((WIDTHS, False), ((ORIGINAL, *WIDTHS), False)):
-        found = activations.statistics(walk.blocks[0], walk.calls[0], {r: streams[r] for r in kept}, weights, layers, [leader], cross)[leader]
-        assert set(found.h) == set(kept) and found.cross == {}
+    narrow = {r: streams[r] for r in WIDTHS}
+    known = activations.pass_original(walk.blocks[0], walk.calls[0], streams[ORIGINAL], weights[ORIGINAL], layers, [leader])
+    for seen, widths in (({}, WIDTHS), (known, (ORIGINAL, *WIDTHS))):
+        found = activations.statistics(walk.blocks[0], walk.calls[0], narrow, weights, layers, [leader], seen)[leader]
+        assert tuple(found.h) == widths and found.cross == {}
+
+
+def test_without_a_stream_of_its_own_every_width_has_the_originals_moments(tiny: Tiny) -> None:
+    walk = Walk(tiny("llama"))
+    layers = walk.of_block(0)
+    leaders = [name for name in layers if name.endswith(("o_proj", "down_proj"))]
+    known = activations.pass_original(walk.blocks[0], walk.calls[0], walk.hidden, walk.held(0), layers, leaders)
+    found = activations.statistics(walk.blocks[0], walk.calls[0], {}, {}, layers, leaders, known)
+    assert list(found) == leaders and all(list(found[name].h) == [ORIGINAL] and found[name].h[ORIGINAL] is known[name] for name in leaders)
 
 
 @pytest.mark.parametrize("fewer", [0, 1])
@@ -257,18 +284,16 @@ def test_streams_move_on_with_their_own_weights_and_tell_their_errors(tiny: Tiny
     walk = Walk(tiny("llama"))
     streams, weights = drifted(walk, 0)
     streams = {r: x[: len(x) - fewer].clone() if r == 2 else x for r, x in streams.items()}
-    common = len(streams[2])
     outputs = {r: layer_inputs(walk, 0, streams[r], weights[r])[1] for r in streams}
-    errors = activations.propagate(walk.blocks[0], walk.calls[0], streams, weights, walk.of_block(0))
+    errors = every_stream(walk.blocks[0], walk.calls[0], streams, weights, walk.of_block(0), [])[1]
     for r in streams:
         torch.testing.assert_close(streams[r], outputs[r])
-    y = outputs[ORIGINAL][:common].double()
-    assert errors == {r: pytest.approx(float((outputs[r][:common].double() - y).square().sum() / y.square().sum()), rel=1e-5) for r in WIDTHS}
-    assert 0 < errors[4] < errors[2]
-    assert (
-        activations.propagate(walk.blocks[1], walk.calls[1], {r: streams[r] for r in WIDTHS}, {r: walk.held(1) for r in WIDTHS}, walk.of_block(1))
-        == {}
-    )
+    for r, error in errors.items():
+        y = outputs[ORIGINAL][: len(outputs[r])].double()
+        assert error == pytest.approx(float((outputs[r].double() - y).square().sum() / y.square().sum()), rel=1e-5)
+    assert tuple(errors) == WIDTHS and 0 < errors[4] < errors[2]
+    zeros = torch.zeros_like(streams[ORIGINAL])
+    assert activations.propagate(walk.blocks[1], walk.calls[1], {2: streams[2]}, {2: walk.held(1)}, walk.of_block(1), zeros) == {}
 
 
 class Positioned(nn.Module):
@@ -327,9 +352,8 @@ def test_streams_walk_the_same_from_files(tiny: Tiny, tmp_path: Path) -> None:
     results = []
     for place in (None, tmp_path):
         own = {r: activations.like(x, place and place / f"{r}.bin") for r, x in streams.items()}
-        found = activations.statistics(walk.blocks[0], walk.calls[0], own, weights, layers, [leader], cross=True)[leader]
-        errors = activations.propagate(walk.blocks[0], walk.calls[0], own, weights, layers)
-        results.append((found, errors, own))
+        found, errors = every_stream(walk.blocks[0], walk.calls[0], own, weights, layers, [leader])
+        results.append((found[leader], errors, own))
     (one, errors, hidden), (two, others, mapped) = results
     assert errors == others and all(torch.equal(hidden[r], mapped[r]) for r in hidden)
     assert all(torch.equal(one.h[r], two.h[r]) for r in one.h) and all(torch.equal(one.cross[r], two.cross[r]) for r in one.cross)
@@ -369,7 +393,7 @@ def test_experts_are_one_stage_and_one_that_a_stream_does_not_reach_takes_the_mo
     above = hidden.clone()
     above[..., 0] = above[..., 0].abs() + 0.1
     streams = {ORIGINAL: hidden, 4: hidden + 0.0, 2: above}
-    found = activations.statistics(block, call, streams, dict.fromkeys(streams, held), layers, names, cross=True)
+    found, _ = every_stream(block, call, {r: x.clone() for r, x in streams.items()}, dict.fromkeys(streams, held), layers, names)
     assert list(found) == names[:2]
     tokens = hidden.flatten(0, 1)
     low = tokens[tokens[:, 0] <= 0]
@@ -391,5 +415,5 @@ def test_what_a_router_sends_to_an_expert_is_not_paired_with_what_it_sent_before
     flipped[..., 0] *= -1
     held = {name: layer.weight.data for name, layer in layers.items()}
     streams = {ORIGINAL: hidden, 2: flipped}
-    found = activations.statistics(block, call, streams, dict.fromkeys(streams, held), layers, names, cross=True)
+    found, _ = every_stream(block, call, streams, dict.fromkeys(streams, held), layers, names)
     assert all(set(found[name].h) == {ORIGINAL, 2} and found[name].cross == {} for name in names)

@@ -128,7 +128,8 @@ def test_finished_blocks_are_not_made_again(
     assert made == [index for index in (0, 1) if index not in keep]
     assert same(tmp_path / "whole", tmp_path / "rest")
     assert whole.reports() == rest.reports() and whole.outputs() == rest.outputs()
-    streams = {f"stream-{r}.bin" for r in (0, 4, 2)} if on_disk and recipe != PLAIN and len(keep) < 2 else {"stream-2.bin"}
+    kept = (0, 4, 2, "original-inputs") if recipe == ASYMMETRIC else (0, 4, 2)
+    streams = {f"stream-{r}.bin" for r in kept} if on_disk and recipe != PLAIN and len(keep) < 2 else {"stream-2.bin"}
     assert {path.name for path in rest.folder.glob("stream*")} == streams
 
 

@@ -149,17 +149,20 @@ class Inputs:
 
 @dataclass
 class Moments:
-    """A running mean of products."""
+    """A running mean of x^T y over tokens. symmetric: y is x, and only panels from the diagonal to the right are computed: half the work."""
 
     total: Float[Tensor, "in in"]
+    symmetric: bool
     tokens: int = 0
-    symmetric: bool = False
 
-    def add(self, x: Float[Tensor, "tokens in"], y: Float[Tensor, "tokens in"] | None = None) -> None:
-        """x^T y of some tokens. Without y, x^T x, of which only panels from the diagonal to the right are computed: half the work."""
+    @staticmethod
+    def like(x: Float[Tensor, "tokens in"], symmetric: bool) -> "Moments":
+        """Of no token yet."""
+        return Moments(x.new_zeros(x.shape[1], x.shape[1]), symmetric)
+
+    def add(self, x: Float[Tensor, "tokens in"], y: Float[Tensor, "tokens in"]) -> None:
         self.tokens += len(x)
-        self.symmetric = y is None
-        if y is not None:
+        if not self.symmetric:
             self.total.addmm_(x.T, y)
             return
         for start in range(0, x.shape[1], PANEL):
@@ -209,56 +212,87 @@ def stages(block: nn.Module, call: Call, hidden: Tensor, layers: Mapping[str, nn
     return [*by_kind.values(), *([[name]] for name in layers if name not in leader)]
 
 
+def pass_original(
+    block: nn.Module,
+    call: Call,
+    hidden: Float[Tensor, "samples length hidden"],
+    weights: Weights,
+    layers: Mapping[str, nn.Module],
+    leaders: Sequence[str] = (),
+) -> dict[str, Float[Tensor, "in in"]]:
+    """Replace the original's hidden states by the block's outputs, in place. Returns H of the `leaders` on the way; a leader that no
+    token reaches is absent."""
+    moments: dict[str, Moments] = {}
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = _tokens(args[0])
+            moments.setdefault(name, Moments.like(x, symmetric=True)).add(x, x)
+
+        return hook
+
+    place(layers, weights)
+    with _hooks({name: layers[name] for name in leaders}, observe), torch.inference_mode():
+        for sample, x in enumerate(hidden):
+            hidden[sample] = call(block, x[None])[0]
+    return {name: found.mean for name, found in moments.items()}
+
+
 def statistics(
     block: nn.Module,
     call: Call,
-    streams: Mapping[int, Float[Tensor, "samples length hidden"]],
+    streams: Mapping[int, Float[Tensor, "_ length hidden"]],
     weights: Mapping[int, Weights],
     layers: Mapping[str, nn.Module],
     leaders: Sequence[str],
-    cross: bool,
+    known: Mapping[str, Float[Tensor, "in in"]],
+    original: Float[Tensor, "_ length hidden"] | None = None,
 ) -> dict[str, Inputs]:
     """Inputs of the `leaders`, each stream run with its own weights up to the last of them. A leader that no token reaches is absent.
 
-    streams, weights: by width; the original's is there, under ORIGINAL, if `cross` is wanted. A stream may hold fewer sequences: the
-    first of those that the original's holds.
+    streams, weights: by width; of a stream only as many sequences as it holds. known: H of the original's stream, as `pass_original`
+    found it. original: its hidden states before the block, where cross moments are wanted.
     """
     caught: dict[str, Tensor] = {}
     waiting: set[str] = set()
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            caught[name] = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            caught[name] = _tokens(args[0])
             waiting.discard(name)
             if not waiting:
                 raise _Stop
 
         return hook
 
-    def inputs(width: int, sample: int) -> dict[str, Tensor]:
+    def inputs(width: int, hidden: Tensor) -> dict[str, Tensor]:
         caught.clear()
         waiting.update(leaders)
         place(layers, weights[width])
         with suppress(_Stop):
-            call(block, streams[width][sample][None])
+            call(block, hidden[None])
         return dict(caught)
 
     h: dict[str, dict[int, Moments]] = {}
     c: dict[str, dict[int, Moments]] = {}
-    widths = list(streams)
     with _hooks({name: layers[name] for name in leaders}, observe), torch.inference_mode():
-        for sample in range(max(map(len, streams.values()))):
-            original = inputs(ORIGINAL, sample) if ORIGINAL in streams else {}
-            for width in (width for width in widths if sample < len(streams[width])):
-                for name, x in (original if width == ORIGINAL else inputs(width, sample)).items():
-                    empty = lambda x=x: Moments(x.new_zeros(x.shape[1], x.shape[1]))  # noqa: E731
-                    h.setdefault(name, {}).setdefault(width, empty()).add(x)
-                    whole = len(x) == streams[width].shape[1]  # a router may send an expert other tokens than before
-                    if cross and width != ORIGINAL and whole and name in original and original[name].shape == x.shape:
-                        c.setdefault(name, {}).setdefault(width, empty()).add(original[name] - x, x)
-    found = {name: {width: moments.mean for width, moments in of.items()} for name, of in h.items()}
-    crossed = {name: {width: moments.mean for width, moments in of.items()} for name, of in c.items()}
-    return {name: Inputs(_complete(of, widths), crossed.get(name, {})) for name, of in found.items()}
+        for sample in range(max(map(len, streams.values()), default=0)):
+            originals = {} if original is None else inputs(ORIGINAL, original[sample])
+            for width, hidden in streams.items():
+                for name, x in (inputs(width, hidden[sample]) if sample < len(hidden) else {}).items():
+                    h.setdefault(name, {}).setdefault(width, Moments.like(x, symmetric=True)).add(x, x)
+                    whole = len(x) == hidden.shape[1]  # a router may send an expert other tokens than before
+                    if whole and name in originals and originals[name].shape == x.shape:
+                        c.setdefault(name, {}).setdefault(width, Moments.like(x, symmetric=False)).add(originals[name] - x, x)
+    means = lambda of, name: {width: moments.mean for width, moments in of.get(name, {}).items()}  # noqa: E731
+    found = {name: ({ORIGINAL: known[name]} if name in known else {}) | means(h, name) for name in leaders}
+    widths = [*([ORIGINAL] if known else []), *streams]
+    return {name: Inputs(_complete(of, widths), means(c, name)) for name, of in found.items() if of}
+
+
+def _tokens(x: Tensor) -> Float[Tensor, "tokens in"]:
+    """A layer's input, a row a token."""
+    return x.detach().reshape(-1, x.shape[-1]).float()
 
 
 def _complete(h: dict[int, Tensor], widths: Sequence[int]) -> dict[int, Tensor]:
@@ -279,23 +313,26 @@ def _hooks(layers: Mapping[str, nn.Module], make: Callable[[str], Callable[..., 
 def propagate(
     block: nn.Module,
     call: Call,
-    streams: Mapping[int, Float[Tensor, "samples length hidden"]],
+    streams: Mapping[int, Float[Tensor, "_ length hidden"]],
     weights: Mapping[int, Weights],
     layers: Mapping[str, nn.Module],
+    goal: Float[Tensor, "_ length hidden"],
 ) -> dict[int, float]:
-    """Replace every stream's hidden states by the block's outputs, in place. Returns ||y_r - y||^2 / ||y||^2 of each width against
-    the original's stream, where there is one."""
-    power, error = 0.0, dict.fromkeys((width for width in streams if width != ORIGINAL), 0.0)
+    """Replace every stream's hidden states by the block's outputs, in place. Returns ||y_r - y||^2 / ||y||^2 of each width, if y is not 0.
+
+    goal: y, the original's outputs, of at least as many sequences as a stream holds.
+    """
+    errors: dict[int, float] = {}
     with torch.inference_mode():
-        for sample in range(max(map(len, streams.values()))):
-            outputs: dict[int, Tensor] = {}
-            for width, hidden in streams.items():
-                if sample < len(hidden):
-                    place(layers, weights[width])
-                    outputs[width] = call(block, hidden[sample][None])[0]
-                    hidden[sample] = outputs[width]
-            if ORIGINAL in outputs and len(outputs) == len(streams):
-                power += outputs[ORIGINAL].double().square().sum().item()
-                for width in error:
-                    error[width] += (outputs[width] - outputs[ORIGINAL]).double().square().sum().item()
-    return {width: value / power for width, value in error.items()} if power > 0 else {}
+        for width, hidden in streams.items():
+            place(layers, weights[width])
+            power = error = 0.0
+            for sample, x in enumerate(hidden):
+                output, wanted = call(block, x[None])[0], goal[sample]
+                wanted = wanted.to(output.device)
+                power += wanted.double().square().sum().item()
+                error += (output - wanted).double().square().sum().item()
+                hidden[sample] = output
+            if power > 0:
+                errors[width] = error / power
+    return errors

@@ -109,7 +109,8 @@ class BlockRun:
             name = f"{prefix}.{index}"
             if index:
                 models.materialize(self.source, block, name, self.device, self.dtype)
-            run = BlockState(block, name, self.layers.of_block(index), calls[index] if calls else None, streams, self.recipe)
+            call = calls[index] if calls else None
+            run = BlockState(block, name, self.layers.of_block(index), call, streams, self.recipe, self._stream_file("original-inputs"))
             if index in todo:
                 results = run.quantize(self._tell)
                 output = run.advance()
@@ -124,7 +125,7 @@ class BlockRun:
             models.release(block)
         self.follow("quantizing", len(blocks), len(blocks))
 
-    def _stream_file(self, width: int) -> Path | None:
+    def _stream_file(self, width: int | str) -> Path | None:
         """Where a stream lies if it is kept on disk; whatever was there before belongs to a killed run."""
         if not self.streams_on_disk:
             return None

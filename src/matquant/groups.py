@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,8 @@ class BlockState:
     """One block, and for every stream the weights that its layers have in it so far: the original ones until they are quantized.
 
     prefix: the block's name in the model. names: its layers to quantize, full names. streams: hidden states by width, and the
-    original's; empty if the recipe looks at no activations.
+    original's, which go through the block first; empty if the recipe looks at no activations. copy_file: where to keep a copy of the
+    original's inputs, if not in memory.
     """
 
     block: nn.Module
@@ -37,8 +39,13 @@ class BlockState:
     call: activations.Call | None
     streams: dict[int, Tensor]
     recipe: Recipe
+    copy_file: Path | None = None
     layers: dict[str, nn.Module] = field(init=False)
     weights: dict[int, dict[str, Tensor]] = field(init=False)
+    stages: list[list[list[str]]] = field(init=False)
+    moments: dict[str, Tensor] = field(init=False)  # of the original's inputs, by leader, where a width is calibrated on them
+    original: Tensor | None = field(init=False, default=None)  # these inputs, of the sequences that every stream has, where wanted
+    passed: bool = field(init=False, default=False)  # the original's stream went through the block
 
     def __post_init__(self) -> None:
         self.layers = {name: self.block.get_submodule(name.removeprefix(self.prefix + ".")) for name in self.names}
@@ -52,8 +59,9 @@ class BlockState:
 
     def quantize(self, tell: Callable[[LayerReport], None]) -> Results:
         """All layers, in the order of `names`."""
+        self._start()
         results: Results = {}
-        for stage in self._stages():
+        for stage in self.stages:
             inputs = self._inputs([members[0] for members in stage])
             for members in stage:
                 weights = {name: self._original(name) for name in members}
@@ -75,19 +83,31 @@ class BlockState:
     def _refined(self) -> bool:
         return self.recipe.method == "block" and self.call is not None and bool(self.names)
 
+    def _start(self) -> None:
+        """Find the order of the layers, and send the original's stream through the block."""
+        if self.call is None:
+            self.stages, self.moments = [[[name] for name in self.names]], {}
+            return
+        hidden = self.streams[ORIGINAL]
+        activations.place(self.layers, self.weights[ORIGINAL])
+        self.stages = activations.stages(self.block, self.call, hidden, self.layers)
+        if self.recipe.asymmetric_calibration > 0 or self._refined:
+            self.original = activations.like(hidden[: min(map(len, self.streams.values()))], self.copy_file)
+        leaders = [members[0] for stage in self.stages for members in stage] if ORIGINAL in self._used else []
+        self.moments = activations.pass_original(self.block, self.call, hidden, self.weights[ORIGINAL], self.layers, leaders)
+        self.passed = True
+
     def _refine(self, results: Results) -> Results:
         """Train all layers together (refine.py), and measure them anew."""
-        assert self.call is not None
+        assert self.call is not None and self.original is not None
         recipe, local = self.recipe, {name: name.removeprefix(self.prefix + ".") for name in self.names}
-        activations.place(self.layers, self.weights[ORIGINAL])
-        passed = min(map(len, self.streams.values()))
-        with torch.no_grad():
-            goal = torch.cat([self.call(self.block, x[None]) for x in self.streams[ORIGINAL][:passed]])
-        streams = {r: self.streams[recipe.stream_of(r)][:passed] for r in {*recipe.targets, *recipe.layout.refit_widths}}
-        together = self.call.takes_many(self.block, self.streams[ORIGINAL])
+        inputs_of = {**self.streams, ORIGINAL: self.original}
+        streams = {r: inputs_of[recipe.stream_of(r)][: len(self.original)] for r in {*recipe.targets, *recipe.layout.refit_widths}}
+        together = self.call.takes_many(self.block, self.original)
         layers = {local[name]: layer for name, layer in self.layers.items()}
+        goal = self.streams[ORIGINAL][: len(self.original)]
         trainer = Trainer(self.block, self.call, layers, streams, goal, together, getattr(torch, recipe.refine_dtype))
-        groups = [members for stage in self._stages() for members in stage]
+        groups = [members for stage in self.stages for members in stage]
         inputs = self._inputs([members[0] for members in groups])  # as GPTQ left them: training moves them little
 
         def below(weights: Mapping[str, NestedWeight], planes: int) -> dict[str, NestedWeight]:
@@ -117,21 +137,22 @@ class BlockState:
         """Send every stream through the block. Returns the relative error of its output by width."""
         if self.call is None:
             return {}
-        return activations.propagate(self.block, self.call, self.streams, self.weights, self.layers)
+        if not self.passed:
+            activations.pass_original(self.block, self.call, self.streams[ORIGINAL], self.weights[ORIGINAL], self.layers)
+        narrow = {width: hidden for width, hidden in self.streams.items() if width != ORIGINAL}
+        return activations.propagate(self.block, self.call, narrow, self.weights, self.layers, self.streams[ORIGINAL])
 
-    def _stages(self) -> list[list[list[str]]]:
-        if self.call is None:
-            return [[[name] for name in self.names]]
-        activations.place(self.layers, self.weights[ORIGINAL])
-        return activations.stages(self.block, self.call, self.streams[ORIGINAL], self.layers)
+    @property
+    def _used(self) -> set[int]:
+        """The streams that some width is calibrated on."""
+        return {self.recipe.stream_of(r) for r in (*self.recipe.targets, *self.recipe.bits)}
 
     def _inputs(self, leaders: list[str]) -> dict[str, Inputs]:
         if self.call is None:
             return {}
-        cross = self.recipe.asymmetric_calibration > 0
-        used = {self.recipe.stream_of(r) for r in (*self.recipe.targets, *self.recipe.bits)} | ({ORIGINAL} if cross else set[int]())
-        streams = {width: hidden for width, hidden in self.streams.items() if width in used}
-        return activations.statistics(self.block, self.call, streams, self.weights, self.layers, leaders, cross)
+        narrow = {width: hidden for width, hidden in self.streams.items() if width in self._used - {ORIGINAL}}
+        original = self.original if self.recipe.asymmetric_calibration > 0 else None
+        return activations.statistics(self.block, self.call, narrow, self.weights, self.layers, leaders, self.moments, original)
 
     def _original(self, name: str) -> Tensor:
         activations.place(self.layers, {name: self.weights[ORIGINAL][name]})
