@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import command
 
 from matquant import calibration, models
 from matquant.blocks import BlockRun, Silent
@@ -32,12 +33,13 @@ from matquant.rotate import rotated
 
 WIDTHS = (8, 6, 4, 3, 2)
 ALL_WIDTHS = (8, 7, 6, 5, 4, 3, 2)
-PLAIN = {"refit_bits": 0, "sweeps": 0, "asymmetric_calibration": 0.0, "method": "gptq"}
+EVERY = {"stream_samples": 0}  # sequences for every stream
+PLAIN = EVERY | {"refit_bits": 0, "sweeps": 0, "asymmetric_calibration": 0.0, "method": "gptq"}
 NO_SEARCH = PLAIN | {"clip_search": False}
 MATGPTQ = NO_SEARCH | {
     "slicing": "round", "feedback": "mean", "act_order": False, "static_groups": False, "symmetric": True, "normalize": False, "streams": (8,)
 }  # fmt: skip
-ONE_STREAM = {"streams": (8,)}
+ONE_STREAM = EVERY | {"streams": (8,)}
 
 
 @dataclass(frozen=True)
@@ -58,28 +60,28 @@ VARIANTS = {
     "nested": Variant("ours, without gradients", {"bits": ALL_WIDTHS}),
     "block": Variant("ours, block refinement", {"bits": ALL_WIDTHS, "method": "block", "refine_dtype": "bfloat16"}),
     "targets-842": Variant("ours, without gradients, targets 8,4,2", {"bits": ALL_WIDTHS, "targets": {8: 0.05, 4: 0.25, 2: 1.0}}),
-    "dedicated": Variant("ours, one run a width", {}, dedicated=True),
+    "targets-843": Variant("ours, without gradients, targets 8,4,3", {"bits": ALL_WIDTHS, "targets": {8: 0.05, 4: 0.25, 3: 0.5}}),
+    "dedicated": Variant("ours, one run a width", EVERY | {}, dedicated=True),
+    "all-streams": Variant("ablation: all stages, low widths' streams of all sequences", EVERY | {"bits": ALL_WIDTHS}),
     "one-pass": Variant("ablation: GPTQ alone, one stream", PLAIN | ONE_STREAM),
     "one-stream": Variant("ablation: one stream", ONE_STREAM | {"asymmetric_calibration": 0.0}),
     "streams": Variant("ablation: a stream a width, GPTQ alone", PLAIN),
     "streams-refit": Variant("ablation: a stream a width, GPTQ, refit", PLAIN | {"refit_bits": 4}),
-    "symmetric-target": Variant("ablation: all but the asymmetric target", {"asymmetric_calibration": 0.0}),
-    "full-target": Variant("ablation: asymmetric target 1 instead of the default", {"asymmetric_calibration": 1.0}),
-    "two-streams": Variant("ablation: streams 8 and 2", {"streams": (8, 2)}),
-    "fewer-streams": Variant("ablation: low widths' streams of a quarter of the sequences", {"stream_samples": 32}),
-    "fast": Variant("ablation: the same, and 1 sweep", {"stream_samples": 32, "sweeps": 1}),
-    "sweeps-6": Variant("ablation: 6 sweeps", {"sweeps": 6}),
-    "no-clip-search": Variant("ablation: no clip search", {"clip_search": False}),
+    "symmetric-target": Variant("ablation: all but the asymmetric target", EVERY | {"asymmetric_calibration": 0.0}),
+    "full-target": Variant("ablation: asymmetric target 1 instead of the default", EVERY | {"asymmetric_calibration": 1.0}),
+    "two-streams": Variant("ablation: streams 8 and 2", EVERY | {"streams": (8, 2)}),
+    "sweeps-6": Variant("ablation: 6 sweeps", EVERY | {"sweeps": 6}),
+    "no-clip-search": Variant("ablation: no clip search", EVERY | {"clip_search": False}),
     "integer-zero": Variant("symmetric grid", {"symmetric": True}),
     "round": Variant("slicing round", {"slicing": "round"}),
-    "rotated": Variant("rotated, no gradients", {"rotate": True}),
+    "rotated": Variant("rotated, no gradients", EVERY | {"rotate": True}),
     "gptq-rotated": Variant("rotated, classic GPTQ, one run a width", PLAIN | {"refit_bits": 0, "rotate": True}, dedicated=True),
-    "overlap": Variant("overlap, no gradients", {"overlap": True}),
+    "overlap": Variant("overlap, no gradients", EVERY | {"overlap": True}),
     "block-overlap": Variant("overlap, block refinement", {"method": "block", "refine_dtype": "bfloat16", "overlap": True}),
-    **{f"lam8-{lam:g}": Variant(f"lam of 8 bits {lam:g}", {"targets": {**Recipe().targets, 8: lam}}) for lam in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
-    "favor-2": Variant("2 bits favoured", {"favor": (2,)}),
-    "favor-4": Variant("4 bits favoured", {"favor": (4,)}),
-    "favor-8": Variant("8 bits favoured", {"favor": (8,)}),
+    **{f"lam8-{lam:g}": Variant(f"lam of 8 bits {lam:g}", EVERY | {"targets": {**Recipe().targets, 8: lam}}) for lam in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
+    "favor-2": Variant("2 bits favoured", EVERY | {"favor": (2,)}),
+    "favor-4": Variant("4 bits favoured", EVERY | {"favor": (4,)}),
+    "favor-8": Variant("8 bits favoured", EVERY | {"favor": (8,)}),
 }  # fmt: skip
 
 
@@ -256,8 +258,7 @@ def main() -> None:
             for recipe in recipes(variant, {"group_size": options.group_size}):
                 rows += bench.run(recipe, train)
                 print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-7:]], flush=True)
-            command = " ".join(Path(a).name if "/" in a else a for a in sys.argv)
-            run = {"words": variant.words, "command": command, "machine": machine(), "settings": variant.settings, "rows": rows}
+            run = {"words": variant.words, "command": command(), "machine": machine(), "settings": variant.settings, "rows": rows}
             written = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}  # another process may have added to it
             result["runs"] = {**written, key: run}
             options.out.parent.mkdir(parents=True, exist_ok=True)

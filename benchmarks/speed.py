@@ -11,7 +11,6 @@ import argparse
 import functools
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from peers import command
 from quality import PLAIN, calibrating, machine
 
 from matquant import activations, groups, models, objective, repair
@@ -33,15 +33,13 @@ CLASSIC = PLAIN | {"parent_bits": 4, "bits": (4,), "targets": {4: 1.0}, "streams
 VARIANTS: dict[str, dict[str, Any]] = {
     "classic": CLASSIC,
     "nested": {},
-    "nested-32": {"stream_samples": 32},
-    "fast": {"stream_samples": 32, "sweeps": 1},
+    "nested-all": {"stream_samples": 0},
     "block-bfloat16": {"method": "block", "refine_dtype": "bfloat16"},
 }
 WORDS = {
     "classic": "classic GPTQ, 4 bits",
     "nested": "ours, 8 to 2 bits",
-    "nested-32": "ours, low widths' streams of 32 sequences",
-    "fast": "ours, recipes/fast.yaml",
+    "nested-all": "ours, low widths' streams of all sequences",
     "block-bfloat16": "ours, block refinement in bfloat16",
 }
 PARTS: dict[str, list[tuple[Any, str]]] = {
@@ -121,7 +119,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=["classic", "nested", "nested-32", "fast"], choices=list(VARIANTS))
+    parser.add_argument("--only", nargs="*", default=["classic", "nested", "nested-all"], choices=list(VARIANTS))
     options = parser.parse_args()
     source = models.open_source(options.model, None)
     dense = models.load_dense(options.model, source.folder, None, dtype=torch.float32) if options.calibration == "self" else None
@@ -136,10 +134,9 @@ def main() -> None:
             if name not in found or seconds["total"] < found[name]["total"]:
                 found[name] = {part: round(value, 2) for part, value in seconds.items()}
     setting = {name: getattr(options, name) for name in ("name", "blocks", "group_size", "num_samples", "seq_len", "rounds")}
-    command = " ".join(Path(a).name if "/" in a else a for a in sys.argv)
     load = os.getloadavg()[0]
     rows = [{"variant": name, "words": WORDS[name], "seconds": seconds} for name, seconds in found.items()]
-    result = {"setting": setting, "command": command, "machine": {**machine(), "load": load}, "rows": rows}
+    result = {"setting": setting, "command": command(), "machine": {**machine(), "load": load}, "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 

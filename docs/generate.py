@@ -72,11 +72,11 @@ def results() -> str:
 
 
 QUALITY_ORDER = (
-    "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "targets-842", "block", "dedicated", "integer-zero", "round"
+    "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "targets-843", "targets-842", "block", "dedicated", "integer-zero", "round"
 )  # fmt: skip
 ABLATION_ORDER = (
     "one-pass", "streams", "streams-refit", "streams-refit+refit", "one-stream", "two-streams", "symmetric-target", "full-target", "no-clip-search",
-    "fewer-streams", "fast", "sweeps-6", "overlap", "rotated", "nested"
+    "sweeps-6", "overlap", "rotated", "all-streams", "nested"
 )  # fmt: skip
 FAVOR_ORDER = ("nested", "favor-2", "favor-4", "favor-8")
 
@@ -119,12 +119,12 @@ def peers(model: str) -> str:
     theirs, ours = _stored(model, "peers"), _stored(model)
     for key in ("group_size", "train", "held_out"):
         assert theirs["setting"][key] == ours["setting"][key], key
-    runs = {f"{key.partition('/')[0]}": run for key, run in theirs["runs"].items()}
+    runs = theirs["runs"]
     texts = list(theirs["original"])
     versions = dict.fromkeys(f"{name} {number}" for run in runs.values() for name, number in run["versions"].items())
     kept = {key: run for key, run in ours["runs"].items() if key in ("gptq/0", "nested/0", "block/0")}
-    shown = _variants({"runs": {**kept, **{f"{name}/0": run for name, run in runs.items()}}})
-    order = ("gptq", *sorted(runs), "nested", "block")
+    shown = _variants({"runs": {**kept, **runs}})
+    order = ("gptq", *sorted(key.partition("/")[0] for key in runs), "nested", "block")
     parts = [f"{', '.join(versions)}. Same {_counts(ours['setting']['train'])} to calibrate on as ours, groups of {ours['setting']['group_size']}.\n"]
     parts += [f"KL to the original, {_text(text)}:\n\n{_table(shown, order, text, 'kl', _kl)}" for text in texts]
     parts.append(f"bits per weight, metadata included:\n\n{_table(shown, order, texts[0], 'bits_per_weight', _bits)}")

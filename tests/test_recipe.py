@@ -14,7 +14,7 @@ from matquant.errors import MatquantError, RecipeError
 from matquant.recipe import ORIGINAL, Recipe
 
 # A change here means that finished checkpoints name another recipe than a new run with the same words: say so in CHANGELOG.
-DEFAULT_HASH = "8bce44ab069bc18328c422a1ad6ac51f8e406f8013e395e871285351cd49bda5"
+DEFAULT_HASH = "ac53841095e263e1147f507ec08d93f4b0728ba0f344928c31120126fbf470d8"
 
 OTHER = Recipe(
     method="minmax", bits=(2, 4), targets={4: 1, 2: 3}, parent_bits=4, group_size=-1, symmetric=True, slicing="round", scale_dtype="bfloat16",

@@ -121,9 +121,9 @@ def test_the_loss_counts_every_token_alike() -> None:
     samples = list(range(len(trainer.goal)))
     output = torch.stack([trainer.call.with_weights(trainer.block, {f"{n}.weight": w for n, w in reads.items()}, x) for x in trainer.streams[2]])
     error, power = (output - trainer.goal).double().square().sum(-1), trainer.goal.double().square().sum(-1)
-    assert trainer.held(reads, 2, samples) == pytest.approx((error / power).sum().item(), rel=1e-3)
+    assert trainer.held(weights, 2, samples) == pytest.approx((error / power).sum().item(), rel=1e-3)
     loud.goal[:, 0] *= 1e3  # such a token is wrong by itself, once, and hides no other
-    assert loud.held(reads, 2, samples) == pytest.approx((error / power)[:, 1:].sum().item() + len(samples), rel=0.05)
+    assert loud.held(weights, 2, samples) == pytest.approx((error / power)[:, 1:].sum().item() + len(samples), rel=0.05)
 
 
 def test_one_sequence_at_a_time_trains_as_several_do() -> None:

@@ -32,9 +32,8 @@ class Call:
     named: bool  # the hidden state is passed by name
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        hidden = hidden.to(next(block.parameters()).device)  # it may lie in a file
-        result = block(*self.args, hidden_states=hidden, **self.kwargs) if self.named else block(hidden, *self.args, **self.kwargs)
-        return result[0] if isinstance(result, tuple) else result
+        args, kwargs = self._arguments(block, hidden)
+        return _first(block(*args, **kwargs))
 
     def takes_many(self, block: nn.Module, hidden: Float[Tensor, "samples length hidden"]) -> bool:
         """Whether several sequences may be passed at once: what was recorded for one serves for two, with the same result."""
@@ -50,10 +49,16 @@ class Call:
 
     def with_weights(self, block: nn.Module, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """The block's output with some of its parameters replaced, so that gradients reach these."""
+        return _first(torch.func.functional_call(block, dict(weights), *self._arguments(block, hidden)))
+
+    def _arguments(self, block: nn.Module, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = hidden.to(next(block.parameters()).device)  # it may lie in a file
-        args, kwargs = (self.args, {**self.kwargs, "hidden_states": hidden}) if self.named else ((hidden, *self.args), self.kwargs)
-        result = torch.func.functional_call(block, dict(weights), args, kwargs)
-        return result[0] if isinstance(result, tuple) else result
+        return (self.args, {**self.kwargs, "hidden_states": hidden}) if self.named else ((hidden, *self.args), self.kwargs)
+
+
+def _first(result: Any) -> Tensor:
+    """The hidden state among what a block returns."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 class _Stop(Exception):
@@ -133,6 +138,8 @@ def like(hidden: Float[Tensor, "samples length hidden"], file: Path | None) -> F
 # --- statistics of a block's inputs ---------------------------------------------------------------------------------
 
 PANEL = 256  # columns of a product at once
+RIDGE = 1e-3  # of the map from the original's inputs to a stream's, as a share of their mean power
+ENOUGH = 4  # tokens an input channel, below which that map is noise
 Weights = Mapping[str, Tensor]  # layer -> its weight as the module holds it
 
 
@@ -212,6 +219,15 @@ def stages(block: nn.Module, call: Call, hidden: Tensor, layers: Mapping[str, nn
     return [*by_kind.values(), *([[name]] for name in layers if name not in leader)]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """H of the original's inputs by leader: over all sequences, and over the first of them, which every stream holds; the same
+    where these are all."""
+
+    whole: Mapping[str, Float[Tensor, "in in"]] = field(default_factory=dict[str, Tensor])
+    part: Mapping[str, Float[Tensor, "in in"]] = field(default_factory=dict[str, Tensor])
+
+
 def pass_original(
     block: nn.Module,
     call: Call,
@@ -219,10 +235,14 @@ def pass_original(
     weights: Weights,
     layers: Mapping[str, nn.Module],
     leaders: Sequence[str] = (),
-) -> dict[str, Float[Tensor, "in in"]]:
-    """Replace the original's hidden states by the block's outputs, in place. Returns H of the `leaders` on the way; a leader that no
-    token reaches is absent."""
+    first: int = 0,
+) -> Seen:
+    """Replace the original's hidden states by the block's outputs, in place. Returns moments of the `leaders` on the way.
+
+    A leader that no token reaches is absent. first: how many sequences the other streams hold.
+    """
     moments: dict[str, Moments] = {}
+    part: dict[str, Tensor] = {}
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -235,23 +255,26 @@ def pass_original(
     with _hooks({name: layers[name] for name in leaders}, observe), torch.inference_mode():
         for sample, x in enumerate(hidden):
             hidden[sample] = call(block, x[None])[0]
-    return {name: found.mean for name, found in moments.items()}
+            if sample + 1 == first < len(hidden):
+                part = {name: found.mean for name, found in moments.items()}
+    whole = {name: found.mean for name, found in moments.items()}
+    return Seen(whole, part or whole)
 
 
 def statistics(
     block: nn.Module,
     call: Call,
-    streams: Mapping[int, Float[Tensor, "_ length hidden"]],
+    streams: Mapping[int, Float[Tensor, "samples length hidden"]],
     weights: Mapping[int, Weights],
     layers: Mapping[str, nn.Module],
     leaders: Sequence[str],
-    known: Mapping[str, Float[Tensor, "in in"]],
-    original: Float[Tensor, "_ length hidden"] | None = None,
+    seen: Seen,
+    original: Float[Tensor, "samples length hidden"] | None = None,
 ) -> dict[str, Inputs]:
     """Inputs of the `leaders`, each stream run with its own weights up to the last of them. A leader that no token reaches is absent.
 
-    streams, weights: by width; of a stream only as many sequences as it holds. known: H of the original's stream, as `pass_original`
-    found it. original: its hidden states before the block, where cross moments are wanted.
+    streams, weights: by width. seen: of the original's stream. original: its hidden states before the block, of the sequences that
+    the streams hold, where cross moments are wanted.
     """
     caught: dict[str, Tensor] = {}
     waiting: set[str] = set()
@@ -276,18 +299,50 @@ def statistics(
     h: dict[str, dict[int, Moments]] = {}
     c: dict[str, dict[int, Moments]] = {}
     with _hooks({name: layers[name] for name in leaders}, observe), torch.inference_mode():
-        for sample in range(max(map(len, streams.values()), default=0)):
+        for sample in range(len(next(iter(streams.values()), ()))):
             originals = {} if original is None else inputs(ORIGINAL, original[sample])
             for width, hidden in streams.items():
-                for name, x in (inputs(width, hidden[sample]) if sample < len(hidden) else {}).items():
+                for name, x in inputs(width, hidden[sample]).items():
                     h.setdefault(name, {}).setdefault(width, Moments.like(x, symmetric=True)).add(x, x)
-                    whole = len(x) == hidden.shape[1]  # a router may send an expert other tokens than before
-                    if whole and name in originals and originals[name].shape == x.shape:
+                    every = len(x) == hidden.shape[1]  # a router may send an expert other tokens than before
+                    if every and name in originals and originals[name].shape == x.shape:
                         c.setdefault(name, {}).setdefault(width, Moments.like(x, symmetric=False)).add(originals[name] - x, x)
-    means = lambda of, name: {width: moments.mean for width, moments in of.get(name, {}).items()}  # noqa: E731
-    found = {name: ({ORIGINAL: known[name]} if name in known else {}) | means(h, name) for name in leaders}
-    widths = [*([ORIGINAL] if known else []), *streams]
-    return {name: Inputs(_complete(of, widths), means(c, name)) for name, of in found.items() if of}
+    widths = [*([ORIGINAL] if seen.whole else []), *streams]
+    found: dict[str, Inputs] = {}
+    for name in leaders:
+        own = {width: moments.mean for width, moments in h.get(name, {}).items()}
+        cross = {width: moments.mean for width, moments in c.get(name, {}).items()}
+        part, whole = seen.part.get(name), seen.whole.get(name)
+        for width, moments in c.get(name, {}).items():
+            if part is not None and whole is not None and part is not whole and moments.tokens >= ENOUGH * len(part):
+                own[width], cross[width] = as_of_all(own[width], cross[width], part, whole)
+        if whole is not None:
+            own = {ORIGINAL: whole, **own}
+        if own:
+            found[name] = Inputs(_complete(own, widths), cross)
+    return found
+
+
+def as_of_all(
+    h: Float[Tensor, "in in"], cross: Float[Tensor, "in in"], part: Float[Tensor, "in in"], whole: Float[Tensor, "in in"]
+) -> tuple[Float[Tensor, "in in"], Float[Tensor, "in in"]]:
+    """(H_r, C_r) of some sequences, corrected by what the original's H says of all of them.
+
+    Inputs of a stream are nearly a linear map of the original's, x_r = A^T x + noise. So with D = H - H(these sequences):
+
+        A = H(these)^-1 mean x x_r^T         H_r + A^T D A            C_r + (I - A^T) D A
+
+    as in regression estimates of surveys. H_r stays positive semidefinite, because what A explains was in it. Where H(these) has no
+    Cholesky factor, both stay as they are.
+    """
+    ridge = RIDGE * torch.diagonal(part).mean() * torch.eye(len(part), device=part.device)
+    lower, failed = torch.linalg.cholesky_ex(part + ridge)
+    if failed:
+        return h, cross
+    a = torch.cholesky_solve(h + cross, lower)
+    moved = (whole - part) @ a
+    seen = a.T @ moved
+    return h + (seen + seen.T) / 2, cross + moved - seen
 
 
 def _tokens(x: Tensor) -> Float[Tensor, "tokens in"]:

@@ -43,7 +43,7 @@ class BlockState:
     layers: dict[str, nn.Module] = field(init=False)
     weights: dict[int, dict[str, Tensor]] = field(init=False)
     stages: list[list[list[str]]] = field(init=False)
-    moments: dict[str, Tensor] = field(init=False)  # of the original's inputs, by leader, where a width is calibrated on them
+    seen: activations.Seen = field(init=False, default=activations.Seen())  # moments of the original's inputs, if a width is calibrated on them
     original: Tensor | None = field(init=False, default=None)  # these inputs, of the sequences that every stream has, where wanted
     passed: bool = field(init=False, default=False)  # the original's stream went through the block
 
@@ -86,15 +86,15 @@ class BlockState:
     def _start(self) -> None:
         """Find the order of the layers, and send the original's stream through the block."""
         if self.call is None:
-            self.stages, self.moments = [[[name] for name in self.names]], {}
+            self.stages = [[[name] for name in self.names]]
             return
-        hidden = self.streams[ORIGINAL]
+        hidden, first = self.streams[ORIGINAL], min(map(len, self.streams.values()))
         activations.place(self.layers, self.weights[ORIGINAL])
         self.stages = activations.stages(self.block, self.call, hidden, self.layers)
         if self.recipe.asymmetric_calibration > 0 or self._refined:
-            self.original = activations.like(hidden[: min(map(len, self.streams.values()))], self.copy_file)
+            self.original = activations.like(hidden[:first], self.copy_file)
         leaders = [members[0] for stage in self.stages for members in stage] if ORIGINAL in self._used else []
-        self.moments = activations.pass_original(self.block, self.call, hidden, self.weights[ORIGINAL], self.layers, leaders)
+        self.seen = activations.pass_original(self.block, self.call, hidden, self.weights[ORIGINAL], self.layers, leaders, first)
         self.passed = True
 
     def _refine(self, results: Results) -> Results:
@@ -152,7 +152,7 @@ class BlockState:
             return {}
         narrow = {width: hidden for width, hidden in self.streams.items() if width in self._used - {ORIGINAL}}
         original = self.original if self.recipe.asymmetric_calibration > 0 else None
-        return activations.statistics(self.block, self.call, narrow, self.weights, self.layers, leaders, self.moments, original)
+        return activations.statistics(self.block, self.call, narrow, self.weights, self.layers, leaders, self.seen, original)
 
     def _original(self, name: str) -> Tensor:
         activations.place(self.layers, {name: self.weights[ORIGINAL][name]})

@@ -58,7 +58,7 @@ class Recipe:
     static_groups: bool = _help("fix scales before the first code is chosen; off = when the group is reached, as the papers do", default=True)
     feedback: Feedback = _help("error feedback of gptq: per-width, or mean (MatGPTQ's rule)", default="per-width")
     streams: tuple[int, ...] = _help("widths calibrated on activations of their own; none named = every target up to 4 bits", default=())
-    stream_samples: int = _help("sequences that each of these streams passes, the first of all; 0 = all of them", default=0)
+    stream_samples: int = _help("sequences that each of these streams passes, the first of all; 0 = all of them", default=32)
     asymmetric_calibration: float = _help("share of the inputs' drift that weights make up for (GPTAQ): 0 to 1", default=0.5)
     sweeps: int = _help("rounds of refit and coordinate descent over the codes after GPTQ", default=2)
     refine_steps: int = _help("training steps of each width, and of each read (method block)", default=60)

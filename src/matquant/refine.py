@@ -68,10 +68,11 @@ class Trainer:
         power = goal.square().sum(-1)
         return ((output.float() - goal).square().sum(-1) / (power + 1e-9 * power.mean() + 1e-30)).sum()
 
-    def held(self, weights: Mapping[str, Tensor], bits: int, samples: Sequence[int]) -> float:
-        """The same without gradients, a sequence at a time."""
+    def held(self, weights: Mapping[str, NestedWeight], bits: int, samples: Sequence[int]) -> float:
+        """The same of weights as they are read, without gradients, a sequence at a time."""
+        reads = self.weights_of({name: weight.read(bits).dense() for name, weight in weights.items()})
         with torch.no_grad():
-            return sum(self.loss(weights, bits, [sample]).item() for sample in samples)
+            return sum(self.loss(reads, bits, [sample]).item() for sample in samples)
 
     def weights_of(self, reads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Dense weights as the modules hold them."""
@@ -136,8 +137,7 @@ def refine(trainer: Trainer, weights: Mapping[str, NestedWeight], repair: Repair
 def held_out(trainer: Trainer, weights: Mapping[str, NestedWeight], recipe: Recipe) -> dict[int, float]:
     """Loss of every target on the sequences held out."""
     _, samples = split(len(trainer.goal))
-    reads = {r: trainer.weights_of({name: weight.read(r).dense() for name, weight in weights.items()}) for r in recipe.targets}
-    return {r: trainer.held(reads[r], r, samples) for r in reads}
+    return {r: trainer.held(weights, r, samples) for r in recipe.targets}
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,7 @@ class _Attempt:
     def better(self, weights: Weights, trained: Weights, bits: int) -> Weights:
         """Whichever reads `bits` with less loss on the sequences held out."""
         _, samples = split(len(self.trainer.goal))
-        losses = [
-            self.trainer.held(self.trainer.weights_of({name: weight.read(bits).dense() for name, weight in each.items()}), bits, samples)
-            for each in (weights, trained)
-        ]
-        return trained if losses[1] <= losses[0] else weights
+        return trained if self.trainer.held(trained, bits, samples) <= self.trainer.held(weights, bits, samples) else weights
 
     def train(self, weights: Weights, bits: int, fixed: int) -> Weights | None:
         """The planes of `bits` from `fixed` on, and its read; its read alone if these are none. None if a loss was not finite."""
