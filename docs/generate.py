@@ -78,19 +78,21 @@ ABLATION_ORDER = (
     "one-pass", "streams", "streams-refit", "streams-refit+refit", "one-stream", "two-streams", "symmetric-target", "full-target", "no-clip-search",
     "sweeps-6", "overlap", "rotated", "all-streams", "nested"
 )  # fmt: skip
-FAVOR_ORDER = ("nested", "favor-2", "favor-4", "favor-8")
+FAVOR_ORDER = ("all-streams", "favor-2", "favor-4", "favor-8")
 
 
 def quality(model: str) -> str:
     """KL, perplexity, top-1 and bits per weight of every method at every width and text, with the command and the setting."""
     stored = _stored(model)
     setting, runs = stored["setting"], _variants(stored)
-    first = next(iter(stored["runs"].values()))
+    commands = dict.fromkeys(run["command"] for key, run in stored["runs"].items() if key.partition("/")[0] in QUALITY_ORDER)
+    torch_version = next(iter(stored["runs"].values()))["machine"]["versions"]["torch"]
     original = ", ".join(f"{value:.2f} on {text}" for text, value in stored["original"].items())
     parts = [
-        f"    {first['command']}\n\nGroups of {setting['group_size']}. Calibrated on {_counts(setting['train'])} of {_text(setting['calibration'])}, "
+        "\n".join(f"    {command}" for command in commands)
+        + f"\n\nGroups of {setting['group_size']}. Calibrated on {_counts(setting['train'])} of {_text(setting['calibration'])}, "
         f"measured on {_counts(setting['held_out'])} of each text. Perplexity of the original: {original}. "
-        f"torch {first['machine']['versions']['torch']}, float32. Where there are several seeds (calibration sequences): mean ± half the spread.\n"
+        f"torch {torch_version}, float32. Where there are several seeds (calibration sequences): mean ± half the spread.\n"
     ]
     for text in stored["original"]:
         for title, key, words in MEASURES:
@@ -102,16 +104,19 @@ def quality(model: str) -> str:
 
 
 def ablation(model: str) -> str:
-    """KL of our stages one by one."""
-    stored = _stored(model)
-    text = next(iter(stored["original"]))
-    return _table(_variants(stored), ABLATION_ORDER, text, "kl", _kl)
+    """KL of our stages one by one, on one choice of calibration sequences."""
+    return _first_seed(model, ABLATION_ORDER)
 
 
 def favor(model: str) -> str:
     """KL with one width favoured."""
+    return _first_seed(model, FAVOR_ORDER)
+
+
+def _first_seed(model: str, order: Sequence[str]) -> str:
     stored = _stored(model)
-    return _table(_variants(stored), FAVOR_ORDER, next(iter(stored["original"])), "kl", _kl)
+    runs = {key: run for key, run in stored["runs"].items() if key.endswith("/0")}
+    return _table(_variants({"runs": runs}), order, next(iter(stored["original"])), "kl", _kl)
 
 
 def peers(model: str) -> str:
