@@ -162,11 +162,6 @@ class Moments:
     symmetric: bool
     tokens: int = 0
 
-    @staticmethod
-    def like(x: Float[Tensor, "tokens in"], symmetric: bool) -> "Moments":
-        """Of no token yet."""
-        return Moments(x.new_zeros(x.shape[1], x.shape[1]), symmetric)
-
     def add(self, x: Float[Tensor, "tokens in"], y: Float[Tensor, "tokens in"]) -> None:
         self.tokens += len(x)
         if not self.symmetric:
@@ -179,6 +174,13 @@ class Moments:
     def mean(self) -> Float[Tensor, "in in"]:
         total = self.total.triu() + self.total.triu(1).T if self.symmetric else self.total
         return total / max(self.tokens, 1)
+
+
+def _add(moments: dict[Any, Moments], key: Any, x: Float[Tensor, "tokens in"], y: Float[Tensor, "tokens in"]) -> None:
+    """Count x^T y of some tokens in."""
+    if key not in moments:
+        moments[key] = Moments(x.new_zeros(x.shape[1], x.shape[1]), symmetric=x is y)
+    moments[key].add(x, y)
 
 
 def place(layers: Mapping[str, nn.Module], weights: Weights) -> None:
@@ -247,7 +249,7 @@ def pass_original(
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = _tokens(args[0])
-            moments.setdefault(name, Moments.like(x, symmetric=True)).add(x, x)
+            _add(moments, name, x, x)
 
         return hook
 
@@ -296,25 +298,25 @@ def statistics(
             call(block, hidden[None])
         return dict(caught)
 
-    h: dict[str, dict[int, Moments]] = {}
-    c: dict[str, dict[int, Moments]] = {}
+    h: dict[tuple[str, int], Moments] = {}
+    c: dict[tuple[str, int], Moments] = {}
     with _hooks({name: layers[name] for name in leaders}, observe), torch.inference_mode():
         for sample in range(len(next(iter(streams.values()), ()))):
             originals = {} if original is None else inputs(ORIGINAL, original[sample])
             for width, hidden in streams.items():
                 for name, x in inputs(width, hidden[sample]).items():
-                    h.setdefault(name, {}).setdefault(width, Moments.like(x, symmetric=True)).add(x, x)
+                    _add(h, (name, width), x, x)
                     every = len(x) == hidden.shape[1]  # a router may send an expert other tokens than before
                     if every and name in originals and originals[name].shape == x.shape:
-                        c.setdefault(name, {}).setdefault(width, Moments.like(x, symmetric=False)).add(originals[name] - x, x)
+                        _add(c, (name, width), originals[name] - x, x)
     widths = [*([ORIGINAL] if seen.whole else []), *streams]
     found: dict[str, Inputs] = {}
     for name in leaders:
-        own = {width: moments.mean for width, moments in h.get(name, {}).items()}
-        cross = {width: moments.mean for width, moments in c.get(name, {}).items()}
+        own = {width: h[name, width].mean for width in streams if (name, width) in h}
+        cross = {width: c[name, width].mean for width in streams if (name, width) in c}
         part, whole = seen.part.get(name), seen.whole.get(name)
-        for width, moments in c.get(name, {}).items():
-            if part is not None and whole is not None and part is not whole and moments.tokens >= ENOUGH * len(part):
+        for width in cross:
+            if part is not None and whole is not None and part is not whole and c[name, width].tokens >= ENOUGH * len(part):
                 own[width], cross[width] = as_of_all(own[width], cross[width], part, whole)
         if whole is not None:
             own = {ORIGINAL: whole, **own}
