@@ -33,7 +33,7 @@ from matquant.rotate import rotated
 
 WIDTHS = (8, 6, 4, 3, 2)
 ALL_WIDTHS = (8, 7, 6, 5, 4, 3, 2)
-EVERY = {"stream_samples": 0}  # sequences for every stream
+EVERY = {"stream_samples": 1 << 20}  # as many sequences as there are for every stream
 PLAIN = EVERY | {"refit_bits": 0, "sweeps": 0, "asymmetric_calibration": 0.0, "method": "gptq"}
 NO_SEARCH = PLAIN | {"clip_search": False}
 MATGPTQ = NO_SEARCH | {

@@ -33,7 +33,7 @@ CLASSIC = PLAIN | {"parent_bits": 4, "bits": (4,), "targets": {4: 1.0}, "streams
 VARIANTS: dict[str, dict[str, Any]] = {
     "classic": CLASSIC,
     "nested": {},
-    "nested-all": {"stream_samples": 0},
+    "nested-all": {"stream_samples": 1 << 20},
     "block-bfloat16": {"method": "block", "refine_dtype": "bfloat16"},
 }
 WORDS = {

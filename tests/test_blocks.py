@@ -96,7 +96,10 @@ def test_streams_of_fewer_sequences_calibrate_the_low_widths(method: str, tiny: 
     passed: list[dict[int, int]] = []
     original = BlockState.advance
     monkeypatch.setattr(BlockState, "advance", lambda self: (passed.append({r: len(x) for r, x in self.streams.items()}), original(self))[1])
-    fewer, all_of_them = run_of(tiny("llama"), tmp_path / "fewer", recipe), run_of(tiny("llama"), tmp_path / "all", replace(recipe, stream_samples=0))
+    fewer, all_of_them = (
+        run_of(tiny("llama"), tmp_path / "fewer", recipe),
+        run_of(tiny("llama"), tmp_path / "all", replace(recipe, stream_samples=len(TOKENS))),
+    )
     fewer.quantize(TOKENS)
     assert passed == [{0: len(TOKENS), **dict.fromkeys(recipe.stream_widths, 1)}] * 2
     all_of_them.quantize(TOKENS)

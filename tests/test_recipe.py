@@ -14,12 +14,18 @@ from matquant.errors import MatquantError, RecipeError
 from matquant.recipe import ORIGINAL, Recipe
 
 # A change here means that finished checkpoints name another recipe than a new run with the same words: say so in CHANGELOG.
-DEFAULT_HASH = "ac53841095e263e1147f507ec08d93f4b0728ba0f344928c31120126fbf470d8"
+DEFAULT_HASH = "8bce44ab069bc18328c422a1ad6ac51f8e406f8013e395e871285351cd49bda5"
 
 OTHER = Recipe(
     method="minmax", bits=(2, 4), targets={4: 1, 2: 3}, parent_bits=4, group_size=-1, symmetric=True, slicing="round", scale_dtype="bfloat16",
     refit_bits=0, feedback="mean", streams=(4,), favor=(2,), normalize=False, sweeps=0, asymmetric_calibration=0.25, rotate=True, damping=0.5, skip=("lm_head", "*.gate"), calibration="a.txt", num_samples=4, seq_len=16, eval_samples=0, seed=3,
 )  # fmt: skip
+
+
+def test_streams_pass_as_many_sequences_as_their_method_needs() -> None:
+    assert [Recipe().passed(count) for count in (1, 32, 128)] == [1, 32, 32]
+    assert [Recipe(stream_samples=64).passed(count) for count in (16, 128)] == [16, 64]
+    assert Recipe(method="block").passed(128) == 128 and Recipe(method="block", stream_samples=8).passed(128) == 8
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), OTHER], ids=["default", "other"])

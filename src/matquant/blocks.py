@@ -102,7 +102,7 @@ class BlockRun:
         if self.calibrated:
             models.materialize_around(self.source, prefix, self.device, self.dtype)
             calls, hidden = activations.record(self.source.model, blocks, train, self.device)
-            passed = dict.fromkeys(self.recipe.stream_widths, hidden[: self.recipe.stream_samples or len(hidden)])
+            passed = dict.fromkeys(self.recipe.stream_widths, hidden[: self.recipe.passed(len(hidden))])
             streams = {width: activations.like(own, self._stream_file(width)) for width, own in {ORIGINAL: hidden, **passed}.items()}
         for index, block in enumerate(blocks[: todo[-1] + 1]):
             self.follow("quantizing", index, len(blocks))

@@ -65,8 +65,7 @@ def _memory(source: Source, layers: Layers, recipe: Recipe) -> int:
     block = max(sum(layers.quantized[name].weights for name in layers.of_block(index)) for index in range(layers.count))
     inputs = max(shape.in_features for shape in layers.quantized.values())
     hidden = source.model.get_input_embeddings().weight.shape[1]
-    passed = min(recipe.stream_samples or recipe.num_samples, recipe.num_samples)  # by each stream; and the original's inputs are kept
-    sequences = recipe.num_samples + passed * (len(recipe.stream_widths) + 1)
+    sequences = recipe.num_samples + recipe.passed(recipe.num_samples) * (len(recipe.stream_widths) + 1)  # the original's inputs are kept too
     activations = sequences * recipe.seq_len * hidden * 4
     whole = sum(t.numel() * t.element_size() for t in own_tensors(source.model).values())
     loaded = whole if source.note or recipe.calibration == "self" or recipe.eval_samples else 0

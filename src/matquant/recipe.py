@@ -27,6 +27,7 @@ def _targets() -> dict[int, float]:
 
 ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
 DRIFTS = 4  # from 5 bits up, what a layer is given hardly differs from what the original gives it
+STREAM_SAMPLES = 32  # more sequences for a stream cost time in proportion and gain little: docs/LOG.md
 FAVOR = 3.0  # how much more a favoured width weighs
 
 
@@ -58,7 +59,9 @@ class Recipe:
     static_groups: bool = _help("fix scales before the first code is chosen; off = when the group is reached, as the papers do", default=True)
     feedback: Feedback = _help("error feedback of gptq: per-width, or mean (MatGPTQ's rule)", default="per-width")
     streams: tuple[int, ...] = _help("widths calibrated on activations of their own; none named = every target up to 4 bits", default=())
-    stream_samples: int = _help("sequences that each of these streams passes, the first of all; 0 = all of them", default=32)
+    stream_samples: int = _help(
+        "sequences that each of these streams passes, the first of all; 0 = 32, or with method block, which trains on them, all", default=0
+    )
     asymmetric_calibration: float = _help("share of the inputs' drift that weights make up for (GPTAQ): 0 to 1", default=0.5)
     sweeps: int = _help("rounds of refit and coordinate descent over the codes after GPTQ", default=2)
     refine_steps: int = _help("training steps of each width, and of each read (method block)", default=60)
@@ -158,6 +161,10 @@ class Recipe:
     def stream_widths(self) -> tuple[int, ...]:
         """The widths that have activations of their own, descending."""
         return self.streams or tuple(r for r in self.targets if r <= DRIFTS)
+
+    def passed(self, sequences: int) -> int:
+        """How many of the calibration sequences these pass."""
+        return min(self.stream_samples or (sequences if self.method == "block" else STREAM_SAMPLES), sequences)
 
     def stream_of(self, bits: int) -> int:
         """The stream that calibrates a width: the narrowest that is no narrower than it, else the original's."""
