@@ -1,0 +1,80 @@
+"""Fake quantization: a weight as one width would read it, with gradients for all that it is made of.
+
+    t = w/s + z        q = clamp(floor(t + 1/2), 0, 2^c - 1)        p = slice_r(q)
+    w_r = s a          a = m (step p + shift - mid) + mid - u                              (codes.py; without a refit m = 1, u = z)
+
+Both roundings, of the code and of its slice, pass gradients straight through (https://arxiv.org/abs/1308.3432), so that a step of
+step p is a step of t. Only the parent's clamp stops them: `in` is 1 where 0 <= floor(t + 1/2) < 2^c, else 0.
+
+    dw_r/dw = m in      dw_r/ds = a - m in w/s      dw_r/dz = s m in      dw_r/dm = s (step p + shift - mid)      dw_r/du = -s
+
+At r = c and without a refit these are the gradients of LSQ (https://arxiv.org/abs/1902.08153) and LSQ+: dw/dz = s in - s.
+The clamp of `round`, which pushes the codes above the last border of a width back into its top cell, is passed through as well: it acts on
+one weight in 2^(r + 1) evenly spread ones, and without gradients there these could never leave the cell (MatQuant, Eq. 6, takes the identity).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from matquant.codes import Grid, Slicing, read_rule, slice_codes, snap
+
+
+def fake_read(
+    w: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out groups"],
+    zero: Float[Tensor, "out groups"],
+    bits: int,
+    grid: Grid,
+    slicing: Slicing,
+    m: Float[Tensor, "out groups"] | None = None,
+    u: Float[Tensor, "out groups"] | None = None,
+) -> Float[Tensor, "out in"]:
+    """w_r in float32. zero: whole numbers; of a symmetric grid its centre. m, u: of a refit, u in parent steps."""
+    return _Read.apply(w, scale, zero, torch.ones_like(scale) if m is None else m, zero if u is None else u, bits, grid, slicing)
+
+
+def rounded(x: Float[Tensor, "*shape"], low: float, high: float) -> Float[Tensor, "*shape"]:
+    """x as a whole number from low to high, half up; gradients pass straight through."""
+    return x + ((x + 0.5).floor().clamp(low, high) - x).detach()
+
+
+def snapped(scale: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """Scales as a checkpoint holds them; gradients pass straight through."""
+    return scale + (snap(scale, dtype) - scale).detach()
+
+
+class _Read(torch.autograd.Function):
+    """The formulas above. Only what the caller holds anyway is kept for the way back; the rest is made again."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, s: Tensor, z: Tensor, m: Tensor, u: Tensor, bits: int, grid: Grid, slicing: Slicing) -> Tensor:
+        ctx.save_for_backward(w, s, z, m, u)
+        ctx.rule = bits, grid, slicing
+        level, _ = _level(w, s, z, bits, grid, slicing)
+        mid = grid.max_code / 2
+        return (level.mul_(m[..., None]).add_((mid - u)[..., None]).mul_(s[..., None])).reshape(w.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        w, s, z, m, u = ctx.saved_tensors
+        level, inside = _level(w, s, z, *ctx.rule)
+        mid = ctx.rule[1].max_code / 2
+        g = grads[0].reshape(level.shape)
+        stops = g * inside  # what reaches t, over s m
+        total, along = g.sum(-1), (g * level).sum(-1)
+        dw = (stops * m[..., None]).reshape(w.shape) if ctx.needs_input_grad[0] else None
+        ds = m * along + (mid - u) * total - m / s * (stops * w.reshape(level.shape)).sum(-1)
+        return dw, ds, s * m * stops.sum(-1), s * along, -s * total, None, None, None
+
+
+def _level(w: Tensor, s: Tensor, z: Tensor, bits: int, grid: Grid, slicing: Slicing) -> tuple[Tensor, Tensor]:
+    """(step p + shift - mid, in) as [out, groups, size]."""
+    t = w.reshape(*s.shape, -1) / s[..., None] + z[..., None]
+    q = t.add_(0.5).floor_()
+    inside = (q >= 0) & (q <= grid.max_code)
+    step, shift = read_rule(bits, grid, slicing)
+    p = slice_codes(q.clamp_(0, grid.max_code).to(torch.uint8), bits, grid, slicing)
+    return p.float().mul_(step).add_(shift - grid.max_code / 2), inside
