@@ -36,7 +36,7 @@ def fake_read(
     return _Read.apply(w, scale, zero, torch.ones_like(scale) if m is None else m, zero if u is None else u, bits, grid, slicing)
 
 
-def rounded(x: Float[Tensor, "*shape"], low: float, high: float) -> Float[Tensor, "*shape"]:
+def rounded(x: Float[Tensor, "*shape"], low: int, high: int) -> Float[Tensor, "*shape"]:
     """x as a whole number from low to high, half up; gradients pass straight through."""
     return x + ((x + 0.5).floor().clamp(low, high) - x).detach()
 
