@@ -162,9 +162,21 @@ def refit_affine(
     slicing: Slicing,
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
     """(scale_r, offset_r) in float32 of an r-bit read with a refit (module docstring). scale: of the parent grid."""
+    return stretched_affine(scale, k.float() / UNIT, u.float() * 2.0 ** (grid.bits - 8), bits, grid, slicing)
+
+
+def stretched_affine(
+    scale: Float[Tensor, "out groups"],
+    m: Float[Tensor, "out groups"],
+    u: Float[Tensor, "out groups"],
+    bits: int,
+    grid: Grid,
+    slicing: Slicing,
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """(scale_r, offset_r) of the refit that m and u, in parent steps, stand for; differentiable."""
     step, shift = read_rule(bits, grid, slicing)
-    s, m, mid = scale.float(), k.float() / UNIT, grid.max_code / 2
-    return s * (m * step), s * (m * (shift - mid) + mid - u.float() * 2.0 ** (grid.bits - 8))
+    s, mid = scale.float(), grid.max_code / 2
+    return s * (m * step), s * (m * (shift - mid) + mid - u)
 
 
 def snap_refit(

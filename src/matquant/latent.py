@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from matquant.codes import UNIT, read_rule
+from matquant.codes import UNIT, read_rule, stretched_affine
 from matquant.weight import NestedWeight, Refit
 
 BELOW = 1e-2  # how far below its upper border a latent stays, in parent codes
@@ -58,10 +58,9 @@ class Latent:
     def read(self, bits: int) -> Float[Tensor, "out in"]:
         """w_r, in float32, as codes.refit_affine reads it."""
         grid = self.start.grid
-        step, shift = read_rule(bits, grid, self.start.slicing)
-        (m, u), s, mid = self.rounded(bits), self.start.scale.float(), grid.max_code / 2
-        offset = s * (m * (shift - mid) + mid - u * 2.0 ** (grid.bits - 8))
-        return torch.addcmul(offset[..., None], self.sliced(bits), (s * (m * step))[..., None]).reshape(self.y.shape)
+        m, u = self.rounded(bits)
+        scale, offset = stretched_affine(self.start.scale, m, u * 2.0 ** (grid.bits - 8), bits, grid, self.start.slicing)
+        return torch.addcmul(offset[..., None], self.sliced(bits), scale[..., None]).reshape(self.y.shape)
 
     def gradients(
         self, dw: Float[Tensor, "out in"], bits: int
