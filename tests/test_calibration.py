@@ -62,7 +62,7 @@ def test_no_text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.txt").write_text("a")
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"cannot read .*a.txt: .*Permission denied"):
         calibration.read_texts(str(tmp_path / "a.txt"))
 

@@ -1,78 +1,26 @@
 """Text -> windows of tokens to calibrate and to measure on."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from matquant.corpus import SEPARATOR, documents
 from matquant.errors import InputError
 
-TEXT_KEYS = ("text", "content", "page", "messages")
+ROWS = 2000  # of a dataset: more than any calibration takes
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
 def read_texts(spec: str) -> list[str]:
-    """Documents of FILE.txt (one), FILE.jsonl (one a line) or hf:DATASET[:SPLIT]. Raises InputError."""
-    if spec.startswith("hf:"):
-        return _read_dataset(spec[3:])
-    path = Path(spec)
-    if not path.is_file():
-        raise InputError(f"no calibration file {spec}; give FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT] or self")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # without the byte order mark that some editors write
-    except UnicodeDecodeError as error:
-        raise InputError(f"{spec} is not text: byte {error.start} is not UTF-8; give a text file") from None
-    except OSError as error:
-        raise InputError(f"cannot read {spec}: {error}") from None
-    if "\0" in text:
-        raise InputError(f"{spec} is not text: it holds zero bytes; give a text file")
-    if not text.strip():
-        raise InputError(f"{spec} is empty; give a file with text")
-    return _read_jsonl(spec, text) if path.suffix in (".jsonl", ".json") else [text]
-
-
-def _read_jsonl(spec: str, text: str) -> list[str]:
-    documents: list[str] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{spec}, line {number}: not JSON ({error}); give one object a line") from None
-        documents.append(_document(row, f"{spec}, line {number}"))
-    return documents
-
-
-def _document(row: Any, where: str) -> str:
-    for key in TEXT_KEYS:
-        value = row.get(key) if isinstance(row, dict) else None
-        if isinstance(value, str):
-            return value
-        if key == "messages" and isinstance(value, list):
-            contents = [message.get("content") for message in value if isinstance(message, dict)]
-            return "\n".join(content for content in contents if isinstance(content, str))
-    raise InputError(f"{where}: no text found; a row needs one of the keys {', '.join(TEXT_KEYS)}")
-
-
-def _read_dataset(spec: str) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise InputError("hf:DATASET needs the datasets package; pip install 'matquant[data]', or give a text file") from None
-    name, _, split = spec.partition(":")
-    try:
-        rows = load_dataset(name, split=split or "train", streaming=True)
-        return [_document(row, f"hf:{spec}") for _, row in zip(range(2000), rows, strict=False)]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the dataset {name!r}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
+    """Documents of FILE.txt (one), FILE.jsonl (one a line) or hf:DATASET[:SPLIT] (the first 2000). Raises InputError."""
+    return list(islice(documents(spec), ROWS if spec.startswith("hf:") else None))
 
 
 def leading_token(tokenizer: Any) -> int | None:
@@ -88,7 +36,7 @@ def start_token(tokenizer: Any) -> int:
 
 def token_stream(tokenizer: Any, texts: Sequence[str]) -> Int[Tensor, " tokens"]:
     """All documents, one after another with an empty line between, without special tokens."""
-    return torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    return torch.tensor(tokenizer(SEPARATOR.join(texts), add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
 
 
 def choose_windows(
