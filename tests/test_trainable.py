@@ -31,7 +31,7 @@ def step(layer: torch.nn.Module, bits: int) -> None:
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     for parameter, grad in zip(parameters, torch.autograd.grad(layer(x).square().sum(), parameters, allow_unused=True), strict=True):
         if grad is not None:
-            parameter.data -= 0.05 * (1 + float(parameter.abs().max())) * grad / grad.abs().max().clamp(min=1e-9)
+            parameter.data -= 0.05 * (1 + float(parameter.detach().abs().max())) * grad / grad.abs().max().clamp(min=1e-9)
 
 
 @pytest.mark.parametrize(("parent", "symmetric", "slicing"), RULES)
