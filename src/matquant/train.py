@@ -1,0 +1,207 @@
+"""Training of a whole model, in one process or many (accelerate): sequences in, optimizer steps, and a state from which a killed run goes on.
+
+Step n takes sequences n B to (n + 1) B of one stream that all processes read, each its own share of them; so the losses of a run depend
+neither on how many processes there are nor on when it was interrupted. Gradients of a step are summed over its parts: the widths of the
+joint loss one after another, and where a share is larger than a forward pass may be, its slices. Only the last part of a step
+exchanges gradients between processes.
+
+Nothing is saved but the last state. A step whose gradients are not finite is not made, and the training ends there: the parameters are then
+those of the last good step.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from matquant.errors import InputError, RecipeError
+from matquant.joint import Joint
+
+Decay = Literal["constant", "cosine"]
+BETAS = (0.9, 0.95)
+STATE = "state"
+BALANCED_EVERY = 50  # steps between two looks at the gradients of single widths
+KEPT = 0.5  # of the former norms at each such look
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """batch: sequences of a step, of all processes together. slice_size: sequences of one forward pass, at most. warmup: steps of linear rise.
+
+    clip: norm above which gradients are scaled down to it. save_seconds: between two states, at least.
+    """
+
+    steps: int
+    batch: int
+    slice_size: int
+    warmup: int
+    decay: Decay
+    clip: float
+    save_seconds: float = 300.0
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at `step`, counted from 0."""
+        rise = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        if self.decay == "constant" or step < self.warmup:
+            return rise
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(self.steps - self.warmup, 1)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """steps: made. stopped: why not all of them were, or ""."""
+
+    steps: int
+    stopped: str
+
+
+@dataclass
+class Fit:
+    """One training. groups: what AdamW takes. sequences: a new stream from its start. folder: for the log and the state.
+
+    dtype: what products are made in. follow: called with (steps done, of how many, words on the loss).
+    """
+
+    model: nn.Module
+    groups: Sequence[Mapping[str, Any]]
+    joint: Joint
+    sequences: Callable[[], Iterator[Int[Tensor, " length"]]]
+    schedule: Schedule
+    folder: Path
+    accelerator: Accelerator
+    dtype: torch.dtype = torch.float32
+    balance: bool = False
+    follow: Callable[[int, int, str], None] = lambda done, of, words: None
+
+    def run(self) -> Trained:
+        """Train to the end, or go on from the state in `folder`. Raises InputError for a stream that ends, RecipeError for a batch that does
+        not divide."""
+        world = self.accelerator.num_processes
+        if self.schedule.batch % world:
+            raise RecipeError(f"a batch of {self.schedule.batch} sequences does not divide among {world} processes; use a multiple of {world}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        optimizer = torch.optim.AdamW([dict(group) for group in self.groups], betas=BETAS)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        model, optimizer = self.accelerator.prepare(self.model, optimizer)
+        first = self._resume()
+        saved = time.monotonic()
+        for step, ids in enumerate(self._batches(first), first):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.schedule.rate(step)
+            if self.balance and step % BALANCED_EVERY == 0:
+                self._look(model, optimizer, ids, step)
+            losses = self._backward(model, ids, step)
+            norm = float(self.accelerator.clip_grad_norm_(model.parameters(), self.schedule.clip))
+            if not math.isfinite(norm):
+                return Trained(step, f"gradients of step {step} were not finite")
+            optimizer.step()
+            optimizer.zero_grad()
+            self._log(step, losses, norm, self.schedule.rate(step))
+            if time.monotonic() - saved > self.schedule.save_seconds:
+                self._save(step + 1)
+                saved = time.monotonic()
+        return Trained(self.schedule.steps, "")
+
+    # --- a step -----------------------------------------------------------------------------------------------------
+
+    def _batches(self, first: int) -> Iterator[Int[Tensor, "share length"]]:
+        """This process's share of every step from `first` on."""
+        batch, world = self.schedule.batch, self.accelerator.num_processes
+        share = batch // world
+        stream = islice(self.sequences(), first * batch, None)
+        for step in range(first, self.schedule.steps):
+            whole = list(islice(stream, batch))
+            if len(whole) < batch:
+                raise InputError(f"the text ends at step {step} of {self.schedule.steps}; give more text, or fewer tokens to train on")
+            start = self.accelerator.process_index * share
+            yield torch.stack(whole[start : start + share]).to(self.accelerator.device)
+
+    def _forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        def forward(ids: Tensor) -> Tensor:
+            with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return model(input_ids=ids, use_cache=False).logits
+
+        return forward
+
+    def _backward(self, model: nn.Module, ids: Tensor, step: int) -> dict[int, float]:
+        """Add the gradients of a step. Returns the mean loss of every part."""
+        pieces = ids.split(self.schedule.slice_size)
+        losses: dict[int, float] = {}
+        for number, piece in enumerate(pieces):
+            parts, weight = self.joint.parts(self._forward(model), piece, step), len(piece) / len(ids)
+            for index in range(self.joint.passes):
+                last = number == len(pieces) - 1 and index == self.joint.passes - 1
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    part = next(parts)
+                    self.accelerator.backward(part.weighted * weight)
+                losses[part.bits] = losses.get(part.bits, 0.0) + part.loss * weight
+        return losses
+
+    def _look(self, model: nn.Module, optimizer: Any, ids: Tensor, step: int) -> None:
+        """Measure the norm of every width's own gradient, and let the joint loss weigh by it."""
+        piece = ids[: self.schedule.slice_size]
+        found: dict[int, float] = {}
+        parts = self.joint.parts(self._forward(model), piece, step)
+        for _ in range(self.joint.passes):
+            part = next(parts)
+            self.accelerator.backward(part.weighted)
+            norm = float(self.accelerator.clip_grad_norm_(model.parameters(), math.inf))
+            found[part.bits] = norm / (part.weighted.item() / part.loss) if part.loss else norm
+            optimizer.zero_grad()
+        before = self.joint.norms
+        if all(math.isfinite(norm) and norm > 0 for norm in found.values()):
+            self.joint.norms = {bits: KEPT * before.get(bits, norm) + (1 - KEPT) * norm for bits, norm in found.items()}
+
+    # --- log and state ----------------------------------------------------------------------------------------------
+
+    def _log(self, step: int, losses: Mapping[int, float], norm: float, rate: float) -> None:
+        means = self.accelerator.reduce(torch.tensor(list(losses.values()), device=self.accelerator.device), "mean")
+        values = dict(zip(map(str, losses), means.tolist(), strict=True))
+        self.accelerator.log({f"loss/{bits}": value for bits, value in values.items()} | {"norm": norm, "rate": rate}, step)
+        if self.accelerator.is_main_process:
+            row = {"step": step, "loss": values, "norm": norm, "rate": rate, "weights": {str(r): w for r, w in self.joint.weights.items()}}
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.follow(step + 1, self.schedule.steps, "  ".join(f"{bits}: {value:.4g}" for bits, value in values.items()))
+
+    def _save(self, done: int) -> None:
+        partial, state = self.folder / "state.tmp", self.folder / STATE
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        if self.accelerator.is_main_process:
+            norms = {str(bits): norm for bits, norm in self.joint.norms.items()}
+            (partial / "progress.json").write_text(json.dumps({"done": done, "norms": norms}))
+            if state.exists():
+                state.rename(self.folder / "state.old")
+            partial.rename(state)
+            shutil.rmtree(self.folder / "state.old", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        """Load the last state. Returns how many steps it had made; 0 if there is none."""
+        state = next((self.folder / name for name in (STATE, "state.old") if (self.folder / name / "progress.json").exists()), None)
+        log = self.folder / "log.jsonl"
+        if state is None:
+            log.unlink(missing_ok=True)
+            return 0
+        progress = json.loads((state / "progress.json").read_bytes())
+        self.accelerator.load_state(str(state))
+        self.joint.norms = {int(bits): norm for bits, norm in progress["norms"].items()}
+        if self.accelerator.is_main_process and log.exists():
+            rows = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] < progress["done"]]
+            log.write_text("".join(line + "\n" for line in rows))
+        self.accelerator.wait_for_everyone()
+        return progress["done"]
