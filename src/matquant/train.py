@@ -12,18 +12,21 @@ those of the last good step.
 import json
 import math
 import shutil
-import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from matquant.errors import InputError, RecipeError
 from matquant.joint import Joint
@@ -31,6 +34,7 @@ from matquant.joint import Joint
 Decay = Literal["constant", "cosine"]
 BETAS = (0.9, 0.95)
 STATE = "state"
+OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 BALANCED_EVERY = 50  # steps between two looks at the gradients of single widths
 KEPT = 0.5  # of the former norms at each such look
 
@@ -39,7 +43,7 @@ KEPT = 0.5  # of the former norms at each such look
 class Schedule:
     """batch: sequences of a step, of all processes together. slice_size: sequences of one forward pass, at most. warmup: steps of linear rise.
 
-    clip: norm above which gradients are scaled down to it. save_seconds: between two states, at least.
+    clip: norm above which gradients are scaled down to it. save_every: steps between two states.
     """
 
     steps: int
@@ -48,7 +52,7 @@ class Schedule:
     warmup: int
     decay: Decay
     clip: float
-    save_seconds: float = 300.0
+    save_every: int
 
     def rate(self, step: int) -> float:
         """Share of the learning rate at `step`, counted from 0."""
@@ -64,6 +68,12 @@ class Trained:
 
     steps: int
     stopped: str
+
+
+def processes(device: torch.device, trackers: Sequence[str] = ()) -> Accelerator:
+    """This process among those that `accelerate launch` or torchrun started, or alone. trackers: tensorboard, trackio, ..."""
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a width's read takes no part in the pass of another
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused], log_with=list(trackers) or None)
 
 
 @dataclass
@@ -83,6 +93,8 @@ class Fit:
     dtype: torch.dtype = torch.float32
     balance: bool = False
     follow: Callable[[int, int, str], None] = lambda done, of, words: None
+    prepared: nn.Module = field(init=False)  # the model as accelerate wraps it
+    optimizer: Any = field(init=False)
 
     def run(self) -> Trained:
         """Train to the end, or go on from the state in `folder`. Raises InputError for a stream that ends, RecipeError for a batch that does
@@ -93,24 +105,22 @@ class Fit:
         self.folder.mkdir(parents=True, exist_ok=True)
         optimizer = torch.optim.AdamW([dict(group) for group in self.groups], betas=BETAS)
         rates = [group["lr"] for group in optimizer.param_groups]
-        model, optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         first = self._resume()
-        saved = time.monotonic()
         for step, ids in enumerate(self._batches(first), first):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.schedule.rate(step)
             if self.balance and step % BALANCED_EVERY == 0:
-                self._look(model, optimizer, ids, step)
-            losses = self._backward(model, ids, step)
-            norm = float(self.accelerator.clip_grad_norm_(model.parameters(), self.schedule.clip))
+                self._look(ids, step)
+            losses = self._backward(ids, step)
+            norm = float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.schedule.clip))
             if not math.isfinite(norm):
                 return Trained(step, f"gradients of step {step} were not finite")
-            optimizer.step()
-            optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             self._log(step, losses, norm, self.schedule.rate(step))
-            if time.monotonic() - saved > self.schedule.save_seconds:
+            if (step + 1) % self.schedule.save_every == 0:
                 self._save(step + 1)
-                saved = time.monotonic()
         return Trained(self.schedule.steps, "")
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -127,38 +137,35 @@ class Fit:
             start = self.accelerator.process_index * share
             yield torch.stack(whole[start : start + share]).to(self.accelerator.device)
 
-    def _forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        def forward(ids: Tensor) -> Tensor:
-            with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return model(input_ids=ids, use_cache=False).logits
+    def _forward(self, ids: Int[Tensor, "batch length"]) -> Tensor:
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.prepared(input_ids=ids, use_cache=False).logits
 
-        return forward
-
-    def _backward(self, model: nn.Module, ids: Tensor, step: int) -> dict[int, float]:
+    def _backward(self, ids: Tensor, step: int) -> dict[int, float]:
         """Add the gradients of a step. Returns the mean loss of every part."""
         pieces = ids.split(self.schedule.slice_size)
         losses: dict[int, float] = {}
         for number, piece in enumerate(pieces):
-            parts, weight = self.joint.parts(self._forward(model), piece, step), len(piece) / len(ids)
+            parts, weight = self.joint.parts(self._forward, piece, step), len(piece) / len(ids)
             for index in range(self.joint.passes):
                 last = number == len(pieces) - 1 and index == self.joint.passes - 1
-                with nullcontext() if last else self.accelerator.no_sync(model):
+                with nullcontext() if last else self.accelerator.no_sync(self.prepared):
                     part = next(parts)
                     self.accelerator.backward(part.weighted * weight)
                 losses[part.bits] = losses.get(part.bits, 0.0) + part.loss * weight
         return losses
 
-    def _look(self, model: nn.Module, optimizer: Any, ids: Tensor, step: int) -> None:
+    def _look(self, ids: Tensor, step: int) -> None:
         """Measure the norm of every width's own gradient, and let the joint loss weigh by it."""
         piece = ids[: self.schedule.slice_size]
         found: dict[int, float] = {}
-        parts = self.joint.parts(self._forward(model), piece, step)
+        parts = self.joint.parts(self._forward, piece, step)
         for _ in range(self.joint.passes):
             part = next(parts)
             self.accelerator.backward(part.weighted)
-            norm = float(self.accelerator.clip_grad_norm_(model.parameters(), math.inf))
+            norm = float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), math.inf))
             found[part.bits] = norm / (part.weighted.item() / part.loss) if part.loss else norm
-            optimizer.zero_grad()
+            self.optimizer.zero_grad()
         before = self.joint.norms
         if all(math.isfinite(norm) and norm > 0 for norm in found.values()):
             self.joint.norms = {bits: KEPT * before.get(bits, norm) + (1 - KEPT) * norm for bits, norm in found.items()}
@@ -176,32 +183,51 @@ class Fit:
         self.follow(step + 1, self.schedule.steps, "  ".join(f"{bits}: {value:.4g}" for bits, value in values.items()))
 
     def _save(self, done: int) -> None:
-        partial, state = self.folder / "state.tmp", self.folder / STATE
+        """Only what is trained, and what AdamW knows of it; each process writes what it holds."""
+        partial, state, old = (self.folder / name for name in (STATE + ".tmp", STATE, STATE + ".old"))
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        with _alone():
+            checkpoint.save(self._state(), checkpoint_id=partial)
         if self.accelerator.is_main_process:
             norms = {str(bits): norm for bits, norm in self.joint.norms.items()}
             (partial / "progress.json").write_text(json.dumps({"done": done, "norms": norms}))
             if state.exists():
-                state.rename(self.folder / "state.old")
+                state.rename(old)
             partial.rename(state)
-            shutil.rmtree(self.folder / "state.old", ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _state(self) -> dict[str, Any]:
+        parameters, moments = get_state_dict(self.prepared, self.optimizer, options=OPTIONS)
+        return {"parameters": parameters, "moments": moments}
 
     def _resume(self) -> int:
         """Load the last state. Returns how many steps it had made; 0 if there is none."""
-        state = next((self.folder / name for name in (STATE, "state.old") if (self.folder / name / "progress.json").exists()), None)
+        state = next((self.folder / name for name in (STATE, STATE + ".old") if (self.folder / name / "progress.json").exists()), None)
         log = self.folder / "log.jsonl"
         if state is None:
             log.unlink(missing_ok=True)
             return 0
         progress = json.loads((state / "progress.json").read_bytes())
-        self.accelerator.load_state(str(state))
+        held = self._state()
+        with _alone():
+            checkpoint.load(held, checkpoint_id=state)
+        parameters, moments = held["parameters"], held["moments"]
+        set_state_dict(self.prepared, self.optimizer, model_state_dict=parameters, optim_state_dict=moments, options=OPTIONS)
         self.joint.norms = {int(bits): norm for bits, norm in progress["norms"].items()}
         if self.accelerator.is_main_process and log.exists():
             rows = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] < progress["done"]]
             log.write_text("".join(line + "\n" for line in rows))
         self.accelerator.wait_for_everyone()
         return progress["done"]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """torch warns, whenever a single process saves, that it takes itself for a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
