@@ -1,8 +1,8 @@
 """Text -> windows of tokens to calibrate and to measure on."""
 
 import random
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -21,6 +21,15 @@ ROWS = 2000  # of a dataset: more than any calibration takes
 def read_texts(spec: str) -> list[str]:
     """Documents of FILE.txt (one), FILE.jsonl (one a line) or hf:DATASET[:SPLIT] (the first 2000). Raises InputError."""
     return list(islice(documents(spec), ROWS if spec.startswith("hf:") else None))
+
+
+def texts_beyond(spec: str) -> Iterator[str]:
+    """All documents; of a dataset with more rows than `read_texts` reads, the rows after these."""
+    rows = documents(spec)
+    if not spec.startswith("hf:"):
+        return rows
+    first, later = list(islice(rows, ROWS)), next(rows, None)
+    return iter(first) if later is None else chain([later], rows)
 
 
 def leading_token(tokenizer: Any) -> int | None:

@@ -6,8 +6,9 @@ alone: a run that is resumed skips what it has seen, and several processes read 
 
 import json
 import random
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ TEXT_KEYS = ("text", "content", "page", "messages")
 SEPARATOR = "\n\n"  # between documents
 PIECE = 2**16  # characters that are tokenized at once
 BUFFER = 256  # sequences that are shuffled among each other
+
+Stream = Callable[[], Iterator[Tensor]]
+"""Sequences Int[Tensor, "length"] from the start."""
 
 
 # --- documents ------------------------------------------------------------------------------------------------------
@@ -123,6 +127,15 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
 
 
+def without_last(sequences: Iterable[Int[Tensor, " length"]], count: int) -> Iterator[Int[Tensor, " length"]]:
+    """All but the last `count`, which need not be known before."""
+    held = deque[Tensor]()
+    for sequence in sequences:
+        held.append(sequence)
+        if len(held) > count:
+            yield held.popleft()
+
+
 def shuffled(sequences: Iterable[Int[Tensor, " length"]], seed: int, buffer: int = BUFFER) -> Iterator[Int[Tensor, " length"]]:
     """The same sequences; each next one is drawn from `buffer` that are held."""
     draw, held = random.Random(seed), list[Tensor]()
@@ -132,3 +145,21 @@ def shuffled(sequences: Iterable[Int[Tensor, " length"]], seed: int, buffer: int
             yield held.pop(draw.randrange(len(held)))
     while held:
         yield held.pop(draw.randrange(len(held)))
+
+
+def with_held_out(make: Callable[[], Iterator[Int[Tensor, " length"]]], held: int, seed: int) -> tuple[Int[Tensor, "held length"], Stream]:
+    """(the first `held` sequences of a text, or an eighth of a short one; an endless stream of the others, shuffled anew each time round).
+
+    make: the text's sequences from its start. A text of one sequence serves for both. Raises InputError for one of none.
+    """
+    first = list(islice(make(), 8 * held))
+    if not first:
+        raise InputError("the text to train on is shorter than one sequence; give more text, or a smaller --seq-len")
+    held = max(min(held, len(first) // 8), 1)
+    skipped = held if len(first) > 1 else 0
+
+    def endless() -> Iterator[Tensor]:
+        for epoch in count():
+            yield from shuffled(islice(make(), skipped, None), seed + epoch)
+
+    return torch.stack(first[:held]), endless

@@ -35,6 +35,7 @@ from matquant.plot import errors_svg, quality_svg
 from matquant.recipe import Recipe
 from matquant.report import Report
 from matquant.rotate import rotated
+from matquant.tuning import Tuning, changes, training_text, tuned_files
 
 COPIED = (
     "tokenizer*",
@@ -89,7 +90,7 @@ def quantize(model: str, out: Path, recipe: Recipe, options: RunOptions, progres
         _clean_up(work)
         return _saved_report(out)
     _check_output(out, work, options)
-    source = rotated(models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code), recipe)
+    source = _source(model, recipe, options)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out} holds the model itself, which --overwrite would delete; choose another output folder")
     layers = models.find_layers(source.model, recipe)
@@ -136,6 +137,10 @@ def _check_output(out: Path, work: Path, options: RunOptions) -> None:
         raise ResumeError(f"nothing to resume: there is no {work}; start without --resume")
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent} to put {out.name} into; create it first")
+
+
+def _source(model: str, recipe: Recipe, options: RunOptions) -> models.Source:
+    return rotated(models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code), recipe)
 
 
 def _identity(source: models.Source, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
@@ -260,9 +265,25 @@ class _Run:
         stored = self._expanded(base)
         files, config = self._files(), self._config() | ({} if stored is None else {"dtype": str(stored).removeprefix("torch.")})
         self.blocks.quantize(train)
+        if self.recipe.finetune_reads:
+            self._tuning(train).run()
         self.follow("writing", 0, 1)
-        write(checkpoint, ChainMap(models.SafetensorsFiles(self.blocks.files), models.Subset(self.source.tensors, base, stored)), config, files)
+        chosen = (models.SafetensorsFiles(made) for made in (self._tuned, self.blocks.files))  # of two tensors with one name the first counts
+        write(checkpoint, ChainMap(*chosen, models.Subset(self.source.tensors, base, stored)), config, files)
         self.follow("writing", 1, 1)
+
+    @property
+    def _tuned(self) -> list[Path]:
+        return tuned_files(self.work / "tuning", self.recipe)
+
+    def _tuning(self, train: Tensor) -> Tuning:
+        where = self.work / "tuning"
+        where.mkdir(exist_ok=True)
+        recipe, external = self.recipe, self.options.eval_text is not None
+        held, stream = training_text(recipe, self.source.tokenizer(), train, 0 if external else recipe.eval_samples)
+        weights = {name: self.blocks.weight(name) for name in self.layers.quantized}
+        again = lambda: _source(self.source.name, recipe, self.options)  # noqa: E731 - blocks that were released lack their buffers
+        return Tuning(again, self._dense, weights, recipe, where, self.device, self.dtype, held, stream, self.follow)
 
     def _report_files(self, report: Report) -> dict[str, bytes]:
         plot = quality_svg(report.rows)
@@ -366,7 +387,17 @@ class _Run:
                 evaluate(checkpoint, self.recipe.bits, held, self._dense(), dtype=self.dtype, device_map=self.options.device, progress=follow)
             )
         hub_id = None if Path(self.source.name).exists() else self.source.name
-        return Report(self.source.name, hub_id, self.recipe, rows, protocol, self.blocks.reports(), self.layers.skipped, self.blocks.outputs())
+        return Report(
+            self.source.name,
+            hub_id,
+            self.recipe,
+            rows,
+            protocol,
+            self.blocks.reports(),
+            self.layers.skipped,
+            self.blocks.outputs(),
+            changes(self._tuned),
+        )
 
 
 # --- what a run would cost ------------------------------------------------------------------------------------------
@@ -374,7 +405,7 @@ class _Run:
 
 def estimate(model: str, recipe: Recipe, options: RunOptions) -> Estimate:
     """Sizes by arithmetic, time and memory by a rough model. Writes nothing. Raises as `quantize` for a bad model or recipe."""
-    source = rotated(models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code), recipe)
+    source = _source(model, recipe, options)
     layers = models.find_layers(source.model, recipe)
     _Run(source, layers, recipe, options, Path(), Silent()).check_length()
     return estimate_cost(source, layers, recipe)

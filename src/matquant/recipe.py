@@ -70,6 +70,15 @@ class Recipe:
     refine_dtype: str = _help(
         "what blocks compute in while they are trained: float32 or bfloat16 (faster on hardware that has it)", default="float32"
     )
+    finetune_reads: int = _help(
+        "tokens on which, codes chosen, the read of each narrow width is tuned end to end towards the original's predictions; 0 = not", default=0
+    )
+    finetune_rate: float = _help("learning rate of that: of scales relative to 1, of zeros relative to a step of the width", default=0.003)
+    train_text: str = _help("text of end-to-end training, as for --calibration; none = the calibration text", default="")
+    batch_tokens: int = _help("tokens of a step of end-to-end training: whole sequences, at least one", default=4096)
+    train_dtype: str = _help(
+        "what the model computes in while it is trained end to end: float32 or bfloat16 (faster on hardware that has it)", default="float32"
+    )
     damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)
     skip: tuple[str, ...] = _help("shell-style patterns of module names to leave unquantized", default=())
     calibration: str = _help("FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT], or self (text sampled from the model)", default="self")
@@ -84,7 +93,8 @@ class Recipe:
         self._check_choice("method", METHOD_NAMES)
         self._check_choice("scale_dtype", SCALE_BITS)
         self._check_choice("feedback", get_args(Feedback))
-        self._check_choice("refine_dtype", ("float32", "bfloat16"))
+        for name in ("refine_dtype", "train_dtype"):
+            self._check_choice(name, ("float32", "bfloat16"))
         for name, low in {
             "num_samples": 1,
             "seq_len": 2,
@@ -94,6 +104,8 @@ class Recipe:
             "sweeps": 0,
             "refine_steps": 1,
             "refine_tokens": 1,
+            "finetune_reads": 0,
+            "batch_tokens": 1,
             "seed": 0,
         }.items():
             if getattr(self, name) < low:
@@ -108,6 +120,12 @@ class Recipe:
             )
         if not 0 < self.refine_reach <= 128:
             raise RecipeError(f"refine_reach is {self.refine_reach}; it must be above 0 and at most 128 parent codes, for instance 4")
+        if not 0 < self.finetune_rate < float("inf"):
+            raise RecipeError(f"finetune_rate is {self.finetune_rate}; it must be a positive number, for instance 0.003")
+        if self.finetune_reads and not self.layout.refit_widths:
+            raise RecipeError(
+                "finetune_reads tunes the reads of widths that have their own, and none has: refit_bits is below all bits; raise it, for instance to 4"
+            )
         if not 0 <= self.asymmetric_calibration <= 1:
             raise RecipeError(f"asymmetric_calibration is {self.asymmetric_calibration}; it must be a share from 0 to 1, for instance 0.5")
         used = {self.stream_of(r) for r in self.targets}

@@ -39,6 +39,7 @@ class Report:
 
     protocol: how it was, else None. skipped: (layer, why it was left as it is). outputs: of every block, the relative error
     ||y_r - y||^2 / ||y||^2 of its output on the calibration text, by the width of the stream; empty if nothing was calibrated.
+    tuned: KL to the original before and after its read was tuned end to end, of every width, on sequences held out.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     outputs: tuple[Mapping[int, float], ...] = ()
+    tuned: Mapping[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. Absolute paths are cut to the file's name."""
@@ -64,6 +66,7 @@ class Report:
             "layers": [_layer_dict(layer) for layer in self.layers],
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "outputs": [_finite({str(bits): error for bits, error in output.items()}) for output in self.outputs],
+            "tuned": {str(bits): list(kl) for bits, kl in self.tuned.items()},
         }
 
     def to_json(self) -> bytes:
@@ -86,6 +89,7 @@ class Report:
                 tuple(_layer(layer) for layer in data["layers"]),
                 tuple((_text(skip["name"]), _text(skip["reason"])) for skip in data["skipped"]),
                 tuple({int(bits): _number(error) for bits, error in output.items() if error is not None} for output in data["outputs"]),
+                {int(bits): (_number(before), _number(after)) for bits, (before, after) in data["tuned"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MatquantError) as error:
             raise CheckpointError(f"{source} is not what matquant writes: {error!r}; run matquant eval for fresh numbers") from None

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from matquant.corpus import Stream
 from matquant.errors import InputError, RecipeError
 from matquant.joint import Joint
 
@@ -72,6 +73,8 @@ class Trained:
 
 def processes(device: torch.device, trackers: Sequence[str] = ()) -> Accelerator:
     """This process among those that `accelerate launch` or torchrun started, or alone. trackers: tensorboard, trackio, ..."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a width's read takes no part in the pass of another
     return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused], log_with=list(trackers) or None)
 
@@ -86,7 +89,7 @@ class Fit:
     model: nn.Module
     groups: Sequence[Mapping[str, Any]]
     joint: Joint
-    sequences: Callable[[], Iterator[Int[Tensor, " length"]]]
+    sequences: Stream
     schedule: Schedule
     folder: Path
     accelerator: Accelerator
