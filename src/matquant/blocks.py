@@ -22,7 +22,7 @@ from torch import Tensor
 from matquant import activations, models
 from matquant.checkpoint import module_tensors, nested_weight, writing_error
 from matquant.errors import InputError
-from matquant.groups import BlockState
+from matquant.groups import BlockState, Results
 from matquant.plan import Shape
 from matquant.recipe import ORIGINAL, Recipe
 from matquant.report import LayerReport
@@ -114,9 +114,7 @@ class BlockRun:
             if index in todo:
                 results = run.quantize(self._tell)
                 output = run.advance()
-                tensors = {key: value.cpu() for layer, (weight, _) in results.items() for key, value in module_tensors(layer, weight).items()}
-                rows = [_layer_to_json(report) for _, report in results.values()]
-                save_whole(files[index], tensors, {"layers": json.dumps(rows), "output": json.dumps({str(r): e for r, e in output.items()})})
+                self.save(index, results, output)
             elif self.calibrated:
                 stored = models.SafetensorsFiles([files[index]])
                 for layer in run.names:
@@ -124,6 +122,12 @@ class BlockRun:
                 run.advance()
             models.release(block)
         self.follow("quantizing", len(blocks), len(blocks))
+
+    def save(self, index: int, results: Results, output: Mapping[int, float]) -> None:
+        """Write a block's file. Raises as `save_whole`."""
+        tensors = {key: value.cpu() for layer, (weight, _) in results.items() for key, value in module_tensors(layer, weight).items()}
+        rows = [_layer_to_json(report) for _, report in results.values()]
+        save_whole(self.files[index], tensors, {"layers": json.dumps(rows), "output": json.dumps({str(r): e for r, e in output.items()})})
 
     def _stream_file(self, width: int | str) -> Path | None:
         """Where a stream lies if it is kept on disk; whatever was there before belongs to a killed run."""

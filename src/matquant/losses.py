@@ -12,13 +12,14 @@ T^2 keeps the gradient's size as T grows (https://arxiv.org/abs/1503.02531). All
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Divergence = Literal["kl", "reverse-kl", "mse"]
+from matquant.recipe import Divergence
+
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 CHUNK_ELEMENTS = 2**22  # positions x vocabulary at a time: 16 MiB an array, of which half a dozen live at once
 

@@ -27,11 +27,13 @@ from matquant.blocks import BlockRun, Progress, Silent, is_whole, save_whole
 from matquant.card import base_license, model_card
 from matquant.checkpoint import Checkpoint, add_files, quantization_config, write, writing_error
 from matquant.checkpoint.files import MANIFEST, PICKLES, replace_whole, safe_name, sha256_file
+from matquant.corpus import Stream
 from matquant.errors import InputError, MatquantError, RecipeError, ResourceError, ResumeError, choices
 from matquant.estimate import Estimate, estimate_cost
 from matquant.evaluate import Protocol as Measured
 from matquant.evaluate import check_fits, evaluate, windows
 from matquant.plot import errors_svg, quality_svg
+from matquant.qat import Training
 from matquant.recipe import Recipe
 from matquant.report import Report
 from matquant.rotate import rotated
@@ -232,7 +234,14 @@ class _Run:
 
     @property
     def blocks(self) -> BlockRun:
-        where = self.work / "blocks"
+        return self._blocks(self.work / "blocks")
+
+    @property
+    def chosen(self) -> BlockRun:
+        """The blocks with the codes that the checkpoint will hold."""
+        return self._blocks(self._folder("trained")) if self.recipe.method == "qat" else self.blocks
+
+    def _blocks(self, where: Path) -> BlockRun:
         return BlockRun(self.source, self.layers, self.recipe, where, self.device, self.dtype, self.follow, self.options.streams_on_disk)
 
     def check_length(self) -> None:
@@ -265,10 +274,12 @@ class _Run:
         stored = self._expanded(base)
         files, config = self._files(), self._config() | ({} if stored is None else {"dtype": str(stored).removeprefix("torch.")})
         self.blocks.quantize(train)
+        if self.recipe.method == "qat":
+            self._train(train)
         if self.recipe.finetune_reads:
-            self._tuning(train).run()
+            self._tune(train)
         self.follow("writing", 0, 1)
-        chosen = (models.SafetensorsFiles(made) for made in (self._tuned, self.blocks.files))  # of two tensors with one name the first counts
+        chosen = (models.SafetensorsFiles(made) for made in (self._tuned, self.chosen.files))  # of two tensors with one name the first counts
         write(checkpoint, ChainMap(*chosen, models.Subset(self.source.tensors, base, stored)), config, files)
         self.follow("writing", 1, 1)
 
@@ -276,14 +287,28 @@ class _Run:
     def _tuned(self) -> list[Path]:
         return tuned_files(self.work / "tuning", self.recipe)
 
-    def _tuning(self, train: Tensor) -> Tuning:
-        where = self.work / "tuning"
-        where.mkdir(exist_ok=True)
-        recipe, external = self.recipe, self.options.eval_text is not None
-        held, stream = training_text(recipe, self.source.tokenizer(), train, 0 if external else recipe.eval_samples)
-        weights = {name: self.blocks.weight(name) for name in self.layers.quantized}
-        again = lambda: _source(self.source.name, recipe, self.options)  # noqa: E731 - blocks that were released lack their buffers
-        return Tuning(again, self._dense, weights, recipe, where, self.device, self.dtype, held, stream, self.follow)
+    def _tune(self, train: Tensor) -> None:
+        where = self._folder("tuning")
+        weights = {name: self.chosen.weight(name) for name in self.layers.quantized}
+        held, stream = self._training_text(train)
+        Tuning(self._source, self._dense, weights, self.recipe, where, self.device, self.dtype, held, stream, self.follow).run()
+
+    def _train(self, train: Tensor) -> None:
+        _, stream = self._training_text(train)
+        where, start, result = self._folder("training"), self.blocks, self.chosen
+        Training(self._source, self._dense, start, result, self.recipe, where, self.device, self.dtype, stream, self.follow).run()
+
+    def _training_text(self, train: Tensor) -> tuple[Tensor, Stream]:
+        reported = 0 if self.options.eval_text is not None else self.recipe.eval_samples
+        return training_text(self.recipe, self.source.tokenizer(), train, reported)
+
+    def _source(self) -> models.Source:
+        """Opened again: blocks that were quantized have given their memory back."""
+        return _source(self.source.name, self.recipe, self.options)
+
+    def _folder(self, name: str) -> Path:
+        (self.work / name).mkdir(exist_ok=True)
+        return self.work / name
 
     def _report_files(self, report: Report) -> dict[str, bytes]:
         plot = quality_svg(report.rows)

@@ -18,7 +18,10 @@ from matquant.errors import RecipeError, choices
 from matquant.plan import SCALE_BITS, Layout
 
 Feedback = Literal["per-width", "mean"]
-METHOD_NAMES = ("minmax", "gptq", "block")
+Decay = Literal["cosine", "constant"]
+Divergence = Literal["kl", "reverse-kl", "mse"]
+METHOD_NAMES = ("minmax", "gptq", "block", "qat")
+TRAIN_DTYPES = ("float32", "bfloat16")
 
 
 def _targets() -> dict[int, float]:
@@ -38,7 +41,10 @@ def _help(text: str, **kwargs: Any) -> Any:
 @no_type_check  # for checkers at run time, as under pytest: it refuses bad values itself, in words
 @dataclass(frozen=True)
 class Recipe:
-    method: str = _help("how codes are chosen: gptq; block (gptq, then training block by block); minmax (round to nearest)", default="gptq")
+    method: str = _help(
+        "how codes are chosen: gptq; block (gptq, then training block by block); minmax (round to nearest); qat (training of the whole model)",
+        default="gptq",
+    )
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
     targets: Mapping[int, float] = _help(
         "widths that are optimised and the weight of each, for instance 8:.05,4:.25,3:.5,2:1", default_factory=_targets
@@ -75,10 +81,24 @@ class Recipe:
     )
     finetune_rate: float = _help("learning rate of that: of scales relative to 1, of zeros relative to a step of the width", default=0.003)
     train_text: str = _help("text of end-to-end training, as for --calibration; none = the calibration text", default="")
+    train_tokens: int = _help("tokens to train on end to end (method qat)", default=1_000_000)
     batch_tokens: int = _help("tokens of a step of end-to-end training: whole sequences, at least one", default=4096)
     train_dtype: str = _help(
         "what the model computes in while it is trained end to end: float32 or bfloat16 (faster on hardware that has it)", default="float32"
     )
+    learning_rate: float = _help("of weights (method qat)", default=2e-5)
+    learn_scales: bool = _help("train scales, zeros and the reads of narrow widths too (method qat), at --finetune-rate", default=True)
+    warmup: float = _help("share of the steps in which learning rates rise (method qat)", default=0.1)
+    decay: Decay = _help("learning rates after that: cosine (to 0) or constant (method qat)", default="cosine")
+    weight_decay: float = _help("of AdamW, for weights (method qat)", default=0.0)
+    teachers: Mapping[int, int] = _help(
+        "widths that learn from another, for instance 2:8,4:8; from 0 = the original model (method qat)", default_factory=dict[int, int]
+    )
+    teachers_only: bool = _help("a width with a teacher learns from it alone, not from the next token too (method qat)", default=False)
+    divergence: Divergence = _help("distance to a teacher's predictions: kl, reverse-kl or mse of logits (method qat)", default="kl")
+    temperature: float = _help("of both predictions in that distance (method qat)", default=1.0)
+    balance_gradients: bool = _help("targets weigh the widths' gradients instead of their losses (method qat)", default=False)
+    random_width: bool = _help("a random width for each layer and step, by the targets' weights, instead of all widths (method qat)", default=False)
     damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)
     skip: tuple[str, ...] = _help("shell-style patterns of module names to leave unquantized", default=())
     calibration: str = _help("FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT], or self (text sampled from the model)", default="self")
@@ -93,8 +113,13 @@ class Recipe:
         self._check_choice("method", METHOD_NAMES)
         self._check_choice("scale_dtype", SCALE_BITS)
         self._check_choice("feedback", get_args(Feedback))
-        for name in ("refine_dtype", "train_dtype"):
-            self._check_choice(name, ("float32", "bfloat16"))
+        for name, allowed in {
+            "refine_dtype": TRAIN_DTYPES,
+            "train_dtype": TRAIN_DTYPES,
+            "decay": get_args(Decay),
+            "divergence": get_args(Divergence),
+        }.items():
+            self._check_choice(name, allowed)
         for name, low in {
             "num_samples": 1,
             "seq_len": 2,
@@ -105,6 +130,7 @@ class Recipe:
             "refine_steps": 1,
             "refine_tokens": 1,
             "finetune_reads": 0,
+            "train_tokens": 1,
             "batch_tokens": 1,
             "seed": 0,
         }.items():
@@ -120,8 +146,12 @@ class Recipe:
             )
         if not 0 < self.refine_reach <= 128:
             raise RecipeError(f"refine_reach is {self.refine_reach}; it must be above 0 and at most 128 parent codes, for instance 4")
-        if not 0 < self.finetune_rate < float("inf"):
-            raise RecipeError(f"finetune_rate is {self.finetune_rate}; it must be a positive number, for instance 0.003")
+        for name, example in {"finetune_rate": 0.003, "learning_rate": 1e-5, "temperature": 1}.items():
+            if not 0 < getattr(self, name) < float("inf"):
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be a positive number, for instance {example}")
+        if not 0 <= self.warmup <= 1 or not 0 <= self.weight_decay < float("inf"):
+            raise RecipeError(f"warmup is {self.warmup} and weight_decay {self.weight_decay}; one is a share from 0 to 1, the other at least 0")
+        self._check_teachers()
         if self.finetune_reads and not self.layout.refit_widths:
             raise RecipeError(
                 "finetune_reads tunes the reads of widths that have their own, and none has: refit_bits is below all bits; raise it, for instance to 4"
@@ -139,6 +169,19 @@ class Recipe:
             raise RecipeError("act_order needs static_groups: groups reached in another order would have no fixed members; switch one of them")
         if self.clip_search and not self.static_groups:
             raise RecipeError("clip_search needs static_groups: it searches before the first code is chosen; switch clip_search off")
+
+    def _check_teachers(self) -> None:
+        if self.method == "qat" and self.overlap:
+            raise RecipeError("method qat trains no overlapping residuals; switch overlap off")
+        for width, teacher in self.teachers.items():
+            if width not in self.targets:
+                raise RecipeError(f"teachers names {width} bits, which is no target; {choices(width, self.targets)}")
+            if teacher != ORIGINAL:
+                check_rule(teacher, self.grid, self.slicing)
+                if teacher <= width:
+                    raise RecipeError(f"{teacher} bits cannot teach {width} bits; a teacher is wider, or {ORIGINAL} for the original model")
+        if self.teachers_only and not self.teachers:
+            raise RecipeError("teachers_only, but no width has a teacher; name some, for instance --teachers 2:8")
 
     def _check_choice(self, name: str, allowed: Any) -> None:
         if getattr(self, name) not in allowed:
@@ -160,6 +203,7 @@ class Recipe:
         object.__setattr__(self, "bits", tuple(sorted(self.bits, reverse=True)))
         object.__setattr__(self, "streams", tuple(sorted(set(self.streams), reverse=True)))
         object.__setattr__(self, "targets", {r: float(self.targets[r]) for r in sorted(self.targets, reverse=True)})
+        object.__setattr__(self, "teachers", {r: self.teachers[r] for r in sorted(self.teachers, reverse=True)})
 
     @property
     def grid(self) -> Grid:
@@ -192,7 +236,8 @@ class Recipe:
         """JSON-ready; `from_dict` reads it back to an equal recipe."""
         targets = {str(r): lam for r, lam in self.targets.items()}
         lists = {name: list(getattr(self, name)) for name in ("bits", "favor", "streams", "skip")}
-        return asdict(self) | lists | {"targets": targets}
+        teachers = {str(r): teacher for r, teacher in self.teachers.items()}
+        return asdict(self) | lists | {"targets": targets, "teachers": teachers}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Recipe":
@@ -230,7 +275,8 @@ def _coerce(name: str, value: Any, like: Any) -> Any:
     """`value` from JSON or YAML as the type of the field's default `like`."""
     try:
         if isinstance(like, Mapping):
-            return {_whole(width): float(lam) for width, lam in dict(value).items()}
+            kind = _whole if name == "teachers" else float
+            return {_whole(width): kind(entry) for width, entry in dict(value).items()}
         if isinstance(like, tuple):
             if not isinstance(value, (list, tuple)):
                 raise ValueError("a list")

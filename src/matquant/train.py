@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from matquant.corpus import Stream
 from matquant.errors import InputError, RecipeError
 from matquant.joint import Joint
+from matquant.recipe import Decay
 
-Decay = Literal["constant", "cosine"]
 BETAS = (0.9, 0.95)
 STATE = "state"
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)

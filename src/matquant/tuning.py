@@ -37,6 +37,8 @@ WARMUP = 0.05  # of the steps
 CLIP = 1.0
 SAVES = 20  # states a training saves
 
+OpenSource = Callable[[], models.Source]
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -45,7 +47,7 @@ class Tuning:
     held: sequences that decide. stream: endless others.
     """
 
-    open_source: Callable[[], models.Source]
+    open_source: OpenSource
     load_original: Callable[[], Any]
     weights: Mapping[str, NestedWeight]
     recipe: Recipe

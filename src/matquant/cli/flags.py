@@ -15,6 +15,7 @@ import typer
 from matquant.errors import RecipeError
 from matquant.recipe import Recipe
 
+EXAMPLES = {"targets": "8:.05,4:.25,3:.5,2:1", "teachers": "2:8,4:8"}  # fields that map widths
 FILE_HELP = "YAML or JSON file of recipe settings; flags override it"
 
 
@@ -25,7 +26,7 @@ def flag_name(name: str) -> str:
 def value_text(value: Any) -> str:
     """A recipe value as one would write it after its flag."""
     if isinstance(value, Mapping):
-        return ",".join(f"{r}:{lam:g}" for r, lam in value.items())
+        return ",".join(f"{r}:{lam:g}" for r, lam in value.items()) or "none"
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -39,19 +40,28 @@ def parse_bits(text: str, name: str = "bits") -> tuple[int, ...]:
         raise RecipeError(f"{name} is {text!r}; give whole numbers, for instance 8,6,4,3,2") from None
 
 
-def parse_targets(text: str) -> dict[int, float]:
-    """'8:.02,4:.25' -> {8: 0.02, 4: 0.25}. Raises RecipeError."""
+def parse_targets(text: str, name: str = "targets") -> dict[int, float]:
+    """'8:.02,4:.25' -> {8: 0.02, 4: 0.25}. name: of the flag. Raises RecipeError."""
     try:
         pairs = [part.split(":") for part in text.split(",")]
         targets = {int(width): float(lam) for width, lam in pairs}
     except ValueError:
-        raise RecipeError(f"targets is {text!r}; give BITS:WEIGHT pairs, for instance 8:.05,4:.25,3:.5,2:1") from None
+        raise RecipeError(f"{name} is {text!r}; give pairs, for instance {EXAMPLES[name]}") from None
     if len(targets) != len(pairs):
-        raise RecipeError(f"targets is {text!r}; name each width once")
+        raise RecipeError(f"{name} is {text!r}; name each width once")
     return targets
 
 
-METAVARS = {"bits": "BITS,...", "favor": "BITS,...", "streams": "BITS,...", "targets": "BITS:WEIGHT,...", "skip": "PATTERN", "calibration": "TEXT"}
+METAVARS = {
+    "bits": "BITS,...",
+    "favor": "BITS,...",
+    "streams": "BITS,...",
+    "targets": "BITS:WEIGHT,...",
+    "teachers": "BITS:TEACHER,...",
+    "skip": "PATTERN",
+    "calibration": "TEXT",
+    "train_text": "TEXT",
+}
 
 
 def _option(field: "Field[Any]", default: Any) -> inspect.Parameter:
@@ -75,8 +85,9 @@ def build_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
     for name in ("bits", "favor", "streams"):
         if name in values:
             values[name] = parse_bits(values[name], name)
-    if "targets" in values:
-        values["targets"] = parse_targets(values["targets"])
+    for name in EXAMPLES:
+        if name in values:
+            values[name] = parse_targets(values[name], name)
     return Recipe.from_dict(base.to_dict() | values)
 
 
