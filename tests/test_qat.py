@@ -1,7 +1,9 @@
 """Quantization-aware training from the command's point of view."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,10 +85,10 @@ def test_an_early_end_is_told_and_one_at_once_is_an_error(tiny: Tiny, qat: Recip
     follow, short = Lines(), replace(qat, eval_samples=0)
     with pytest.MonkeyPatch.context() as patch:
         answers = iter([True] * 3 + [False])
-        patch.setattr(train.math, "isfinite", lambda value: next(answers))
+        patch.setattr(train, "math", SimpleNamespace(**vars(math) | {"isfinite": lambda value: next(answers)}))
         quantize(str(tiny("llama")), tmp_path / "late", short, RunOptions(), follow)
         assert "note: training ended early: gradients of step 3 were not finite" in follow.lines
-        patch.setattr(train.math, "isfinite", lambda value: False)
+        patch.setattr(train, "math", SimpleNamespace(**vars(math) | {"isfinite": lambda value: False}))
         with pytest.raises(
             InputError, match="training ended before its first step: gradients of step 0 were not finite; try a smaller --learning-rate"
         ):

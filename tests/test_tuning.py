@@ -1,9 +1,11 @@
 """Reads tuned end to end: what changes, what must not, and how a run goes on."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,7 +112,7 @@ def test_reads_that_got_no_better_stay(tiny: Tiny, tuned: Recipe, tmp_path: Path
 
 def test_an_early_end_is_told(tiny: Tiny, tuned: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     follow = Lines()
-    monkeypatch.setattr(train.math, "isfinite", lambda value: False)
+    monkeypatch.setattr(train, "math", SimpleNamespace(**vars(math) | {"isfinite": lambda value: False}))
     quantize(str(tiny("llama")), tmp_path / "out", replace(tuned, eval_samples=0), RunOptions(), follow)
     assert "note: tuning of 2 bits ended early: gradients of step 0 were not finite" in follow.lines
 
