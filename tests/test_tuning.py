@@ -19,8 +19,9 @@ from matquant.errors import RecipeError
 from matquant.pipeline import RunOptions, quantize
 from matquant.recipe import Recipe
 from matquant.report import Report
+from matquant.texts import training_text
 from matquant.trainable import read_at
-from matquant.tuning import student, training_text
+from matquant.tuning import student
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 

@@ -62,7 +62,7 @@ class BlockRun:
     @property
     def calibrated(self) -> bool:
         """Whether any setting looks at activations. Plain rounding to nearest does not."""
-        return self.recipe.method != "minmax" or self.recipe.clip_search or bool(self.recipe.layout.refit_widths)
+        return self.recipe.method not in ("minmax", "qat") or self.recipe.clip_search or bool(self.recipe.layout.refit_widths)
 
     @property
     def files(self) -> list[Path]:

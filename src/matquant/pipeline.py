@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matquant import calibration, models
+from matquant import models, texts
 from matquant.blocks import BlockRun, Progress, Silent, is_whole, save_whole
 from matquant.card import base_license, model_card
 from matquant.checkpoint import Checkpoint, add_files, quantization_config, write, writing_error
@@ -31,13 +31,13 @@ from matquant.corpus import Stream
 from matquant.errors import InputError, MatquantError, RecipeError, ResourceError, ResumeError, choices
 from matquant.estimate import Estimate, estimate_cost
 from matquant.evaluate import Protocol as Measured
-from matquant.evaluate import check_fits, evaluate, windows
+from matquant.evaluate import check_fits, evaluate
 from matquant.plot import errors_svg, quality_svg
 from matquant.qat import Training
 from matquant.recipe import Recipe
 from matquant.report import Report
 from matquant.rotate import rotated
-from matquant.tuning import Tuning, changes, training_text, tuned_files
+from matquant.tuning import Tuning, changes, tuned_files
 
 COPIED = (
     "tokenizer*",
@@ -244,9 +244,14 @@ class _Run:
     def _blocks(self, where: Path) -> BlockRun:
         return BlockRun(self.source, self.layers, self.recipe, where, self.device, self.dtype, self.follow, self.options.streams_on_disk)
 
+    @property
+    def _looks_at_text(self) -> bool:
+        """Whether any setting wants sequences to calibrate or to train on."""
+        return self.blocks.calibrated or self.recipe.method == "qat" or bool(self.recipe.finetune_reads)
+
     def check_length(self) -> None:
         """Raise InputError if the model has fewer positions than a sequence."""
-        if self.blocks.calibrated or self.recipe.eval_samples:
+        if self._looks_at_text or self.recipe.eval_samples:
             check_fits(self.source.model, torch.zeros(1, self.recipe.seq_len, dtype=torch.long))
 
     def finish(self, out: Path) -> Report:
@@ -300,7 +305,7 @@ class _Run:
 
     def _training_text(self, train: Tensor) -> tuple[Tensor, Stream]:
         reported = 0 if self.options.eval_text is not None else self.recipe.eval_samples
-        return training_text(self.recipe, self.source.tokenizer(), train, reported)
+        return texts.training_text(self.recipe, self.source.tokenizer(), train, reported)
 
     def _source(self) -> models.Source:
         """Opened again: blocks that were quantized have given their memory back."""
@@ -325,13 +330,14 @@ class _Run:
         """(calibration windows, held-out windows, how they are measured); made once and kept for a resumed run."""
         path = self.work / "windows.safetensors"
         if not path.exists():
-            train, held, bos, words = self._make_windows()
-            for part in (train, held):
+            count = self.recipe.num_samples if self._looks_at_text else 0
+            chosen = texts.choose(self.source, self.recipe, count, self.options.eval_text, self._dense, self.follow)
+            for part in (chosen.train, chosen.held):
                 if len(part):
                     check_fits(self.source.model, part)
-            if self.blocks.calibrated and len(train) < self.recipe.num_samples:
-                self.follow.line(f"{self.recipe.calibration} has text for {len(train)} of {self.recipe.num_samples} sequences to calibrate on")
-            save_whole(path, {"train": train, "held": held}, {"bos": json.dumps(bos), "text": words})
+            if len(chosen.train) < count:
+                self.follow.line(f"{self.recipe.calibration} has text for {len(chosen.train)} of {count} sequences to calibrate on")
+            save_whole(path, {"train": chosen.train, "held": chosen.held}, {"bos": json.dumps(chosen.leads), "text": chosen.words})
         if not is_whole(path):
             raise ResumeError(f"{path} is damaged; start over with --overwrite")
         saved = models.SafetensorsFiles([path])
@@ -340,38 +346,6 @@ class _Run:
         if not len(held):
             return saved["train"], None, None
         return saved["train"], held, Measured.of(held, json.loads(notes["bos"]), notes["text"])
-
-    def _make_windows(self) -> tuple[Tensor, Tensor, int | None, str]:
-        recipe, wanted = self.recipe, self.recipe.eval_samples
-        empty = torch.zeros(0, recipe.seq_len, dtype=torch.long)
-        if not wanted and not self.blocks.calibrated:
-            return empty, empty, None, ""
-        tokenizer = self.source.tokenizer()
-        bos = calibration.leading_token(tokenizer)
-        train_count = recipe.num_samples if self.blocks.calibrated else 0
-        external = self._external_windows(tokenizer, bos) if self.options.eval_text and wanted else None
-        held_count = 0 if external is not None else wanted
-        if external is not None and not train_count:
-            return empty, external, bos, str(self.options.eval_text)
-        if recipe.calibration == "self":
-            sampled, leads = self._sample(tokenizer, train_count + held_count)
-            train, held = sampled[:train_count], sampled[train_count:]
-            words = f"sampled from the original, seed {recipe.seed}, not calibrated on"
-        else:
-            tokens = calibration.token_stream(tokenizer, calibration.read_texts(recipe.calibration))
-            train, held = calibration.choose_windows(tokens, recipe.seq_len, train_count, held_count, recipe.seed, recipe.calibration, bos)
-            leads, words = bos, f"{recipe.calibration}, the part not calibrated on"
-        return (train, held, leads, words) if external is None else (train, external, bos, str(self.options.eval_text))
-
-    def _external_windows(self, tokenizer: Any, bos: int | None) -> Tensor:
-        tokens = calibration.token_stream(tokenizer, calibration.read_texts(str(self.options.eval_text)))
-        return windows(tokens, self.recipe.seq_len, bos, self.recipe.eval_samples)
-
-    def _sample(self, tokenizer: Any, count: int) -> tuple[Tensor, int]:
-        start = calibration.start_token(tokenizer)
-        model = self._dense()
-        follow = lambda done, of: self.follow("sampling text", done, of)  # noqa: E731
-        return calibration.sample_windows(model, start, count, self.recipe.seq_len, self.recipe.seed, follow), start
 
     def _dense(self) -> Any:
         return models.load_dense(self.source.name, self.source.folder, self.source.gguf_file, self.options.trust_remote_code, self.dtype).to(

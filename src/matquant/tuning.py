@@ -11,7 +11,7 @@ Every width is a training of its own (train.py); its result is one safetensors f
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from matquant import calibration, models
+from matquant import models
 from matquant.blocks import Progress, is_whole, save_whole
-from matquant.corpus import Stream, documents, packed, with_held_out, without_last
+from matquant.corpus import Stream
 from matquant.evaluate import logits_of, measure
 from matquant.joint import Joint
 from matquant.recipe import ORIGINAL, Recipe
@@ -30,9 +30,7 @@ from matquant.train import Fit, Schedule, processes
 from matquant.trainable import TunedLinear, read_at
 from matquant.weight import NestedWeight
 
-HELD_OUT = 8  # sequences that decide
 SLICE = 2  # sequences of one forward pass
-SLACK = 2  # sequences by which a text may be longer or shorter when it is tokenized piece by piece
 WARMUP = 0.05  # of the steps
 CLIP = 1.0
 SAVES = 20  # states a training saves
@@ -131,26 +129,6 @@ def changes(files: Sequence[Path]) -> dict[int, tuple[float, float]]:
     stored = models.SafetensorsFiles(list(files))
     kl = {int(file.stem): json.loads(stored.metadata(file)["kl"]) for file in files}
     return {bits: (before, after) for bits, (before, after) in kl.items()}
-
-
-def training_text(
-    recipe: Recipe, tokenizer: Any, calibrated: Int[Tensor, "samples length"], reported: int
-) -> tuple[Int[Tensor, "held length"], Stream]:
-    """(sequences that decide, an endless stream of others), none of which the report is measured on.
-
-    calibrated: the sequences to calibrate on, which serve where text is sampled from the model. reported: how many of the calibration text's
-    last sequences the report takes; of a dataset, whose first rows these are from, the later rows are trained on.
-    """
-    spec = recipe.train_text or recipe.calibration
-    if spec == "self":
-        return with_held_out(lambda: iter(calibrated), HELD_OUT, recipe.seed)
-    bos, shared = calibration.leading_token(tokenizer), spec == recipe.calibration
-
-    def make() -> Iterator[Tensor]:
-        texts = calibration.texts_beyond(spec) if shared else documents(spec)
-        return without_last(packed(tokenizer, texts, recipe.seq_len, bos), reported + SLACK if shared and reported else 0)
-
-    return with_held_out(make, HELD_OUT, recipe.seed)
 
 
 def student(

@@ -46,7 +46,7 @@ def parse_targets(text: str, name: str = "targets") -> dict[int, float]:
         pairs = [part.split(":") for part in text.split(",")]
         targets = {int(width): float(lam) for width, lam in pairs}
     except ValueError:
-        raise RecipeError(f"{name} is {text!r}; give pairs, for instance {EXAMPLES[name]}") from None
+        raise RecipeError(f"{name} is {text!r}; give {METAVARS[name][:-4]} pairs, for instance {EXAMPLES[name]}") from None
     if len(targets) != len(pairs):
         raise RecipeError(f"{name} is {text!r}; name each width once")
     return targets
