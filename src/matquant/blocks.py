@@ -113,19 +113,23 @@ class BlockRun:
             run = BlockState(block, name, self.layers.of_block(index), call, streams, self.recipe, self._stream_file("original-inputs"))
             if index in todo:
                 results = run.quantize(self._tell)
+                run.others = {key: value.to(self.source.tensors[f"{name}.{key}"].dtype).to(value.dtype) for key, value in run.others.items()}
                 output = run.advance()
-                self.save(index, results, output)
+                self.save(index, results, output, {f"{name}.{key}": value for key, value in run.others.items()})
             elif self.calibrated:
                 stored = models.SafetensorsFiles([files[index]])
                 for layer in run.names:
                     run.put(layer, self._stored(stored, layer))
+                of_layers = tuple(f"{layer}." for layer in run.names)
+                run.others = {key.removeprefix(name + "."): stored[key] for key in stored if not key.startswith(of_layers) or key.endswith(".bias")}
                 run.advance()
             models.release(block)
         self.follow("quantizing", len(blocks), len(blocks))
 
-    def save(self, index: int, results: Results, output: Mapping[int, float]) -> None:
-        """Write a block's file. Raises as `save_whole`."""
-        tensors = {key: value.cpu() for layer, (weight, _) in results.items() for key, value in module_tensors(layer, weight).items()}
+    def save(self, index: int, results: Results, output: Mapping[int, float], others: Mapping[str, Tensor] | None = None) -> None:
+        """Write a block's file. others: parameters, by their names in the model, that take the place of the source's. Raises as `save_whole`."""
+        tensors = {key: value.to(self.source.tensors[key].dtype).cpu() for key, value in (others or {}).items()}
+        tensors |= {key: value.cpu() for layer, (weight, _) in results.items() for key, value in module_tensors(layer, weight).items()}
         rows = [_layer_to_json(report) for _, report in results.values()]
         save_whole(self.files[index], tensors, {"layers": json.dumps(rows), "output": json.dumps({str(r): e for r, e in output.items()})})
 

@@ -12,6 +12,7 @@ from matquant import activations, methods, models
 from matquant.activations import Inputs
 from matquant.factor import factorize, visiting_order
 from matquant.objective import row_losses
+from matquant.omniquant import Learner
 from matquant.plan import Shape
 from matquant.recipe import ORIGINAL, Recipe
 from matquant.refine import HIGH, Trainer, refine
@@ -46,6 +47,7 @@ class BlockState:
     seen: activations.Seen = field(init=False, default=activations.Seen())  # moments of the original's inputs, if a width is calibrated on them
     original: Tensor | None = field(init=False, default=None)  # these inputs, of the sequences that every stream has, where wanted
     passed: bool = field(init=False, default=False)  # the original's stream went through the block
+    others: dict[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])  # parameters besides these weights that quantization changed
 
     def __post_init__(self) -> None:
         self.layers = {name: self.block.get_submodule(name.removeprefix(self.prefix + ".")) for name in self.names}
@@ -74,14 +76,14 @@ class BlockState:
                     if not self._refined:
                         tell(report)
         if self._refined:
-            results = self._refine(results)
+            results = self._learn(results) if self.recipe.method == "omniquant" else self._refine(results)
             for _, report in results.values():
                 tell(report)
         return {name: results[name] for name in self.names}
 
     @property
     def _refined(self) -> bool:
-        return self.recipe.method == "block" and self.call is not None and bool(self.names)
+        return self.recipe.method in ("block", "omniquant") and self.call is not None and bool(self.names)
 
     def _start(self) -> None:
         """Find the order of the layers, and send the original's stream through the block."""
@@ -97,17 +99,46 @@ class BlockState:
         self.seen = activations.pass_original(self.block, self.call, hidden, self.weights[ORIGINAL], self.layers, leaders, first)
         self.passed = True
 
-    def _refine(self, results: Results) -> Results:
-        """Train all layers together (refine.py), and measure them anew."""
+    @property
+    def _groups(self) -> list[list[str]]:
+        """Layers that share their inputs, in the order in which they are called."""
+        return [members for stage in self.stages for members in stage]
+
+    def _local(self, name: str) -> str:
+        """A layer's name in the block."""
+        return name.removeprefix(self.prefix + ".")
+
+    def _trainer(self) -> Trainer:
+        """What trains all layers of the block together, against the original's outputs."""
         assert self.call is not None and self.original is not None
-        recipe, local = self.recipe, {name: name.removeprefix(self.prefix + ".") for name in self.names}
+        recipe = self.recipe
         inputs_of = {**self.streams, ORIGINAL: self.original}
         streams = {r: inputs_of[recipe.stream_of(r)][: len(self.original)] for r in {*recipe.targets, *recipe.layout.refit_widths}}
+        layers = {self._local(name): layer for name, layer in self.layers.items()}
+        goal, dtype = self.streams[ORIGINAL][: len(self.original)], getattr(torch, recipe.refine_dtype)
         together = self.call.takes_many(self.block, self.original)
-        layers = {local[name]: layer for name, layer in self.layers.items()}
-        goal = self.streams[ORIGINAL][: len(self.original)]
-        trainer = Trainer(self.block, self.call, layers, streams, goal, together, getattr(torch, recipe.refine_dtype))
-        groups = [members for stage in self.stages for members in stage]
+        return Trainer(self.block, self.call, layers, streams, goal, together, dtype, recipe.relative_tokens)
+
+    def _learn(self, results: Results) -> Results:
+        """Learn the ranges of all layers, and what their inputs' makers can take over (omniquant.py). Errors are of the weights that it ends with."""
+        weights = {self._local(name): self._original(name) for name in results}
+        starts = {self._local(name): weight for name, (weight, _) in results.items()}
+        learner = Learner(self._trainer(), weights, starts, self.recipe)
+        learned = learner.learn([[self._local(name) for name in members] for members in self._groups])
+        self.others = dict(learned.others)
+        found: Results = {}
+        for name, (_, report) in results.items():
+            weight, w = learned.weights[self._local(name)], learned.goals[self._local(name)]
+            self.put(name, weight)
+            errors = layer_errors(w, weight, self._unknown({name: w}), self.recipe)
+            notes = (*report.notes, *learned.notes) if name == self.names[0] else report.notes
+            found[name] = weight, replace(report, errors=errors, notes=notes)
+        return found
+
+    def _refine(self, results: Results) -> Results:
+        """Train all layers together (refine.py), and measure them anew."""
+        recipe, local, groups = self.recipe, {name: self._local(name) for name in self.names}, self._groups
+        trainer = self._trainer()
         inputs = self._inputs([members[0] for members in groups])  # as GPTQ left them: training moves them little
 
         def below(weights: Mapping[str, NestedWeight], planes: int) -> dict[str, NestedWeight]:
@@ -139,6 +170,8 @@ class BlockState:
             return {}
         if not self.passed:
             activations.pass_original(self.block, self.call, self.streams[ORIGINAL], self.weights[ORIGINAL], self.layers)
+        for name, value in self.others.items():
+            self.block.get_parameter(name).data = value
         narrow = {width: hidden for width, hidden in self.streams.items() if width != ORIGINAL}
         return activations.propagate(self.block, self.call, narrow, self.weights, self.layers, self.streams[ORIGINAL])
 

@@ -20,7 +20,7 @@ from matquant.plan import SCALE_BITS, Layout
 Feedback = Literal["per-width", "mean"]
 Decay = Literal["cosine", "constant"]
 Divergence = Literal["kl", "reverse-kl", "mse"]
-METHOD_NAMES = ("minmax", "gptq", "block", "qat")
+METHOD_NAMES = ("minmax", "gptq", "block", "omniquant", "qat")
 TRAIN_DTYPES = ("float32", "bfloat16")
 
 
@@ -42,7 +42,7 @@ def _help(text: str, **kwargs: Any) -> Any:
 @dataclass(frozen=True)
 class Recipe:
     method: str = _help(
-        "how codes are chosen: gptq; block (gptq, then training block by block); minmax (round to nearest); qat (training of the whole model)",
+        "how codes are chosen: gptq; block (gptq, then training block by block); minmax (round to nearest); omniquant (learned clipping, block by block); qat (training of the whole model)",
         default="gptq",
     )
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
@@ -66,7 +66,8 @@ class Recipe:
     feedback: Feedback = _help("error feedback of gptq: per-width, or mean (MatGPTQ's rule)", default="per-width")
     streams: tuple[int, ...] = _help("widths calibrated on activations of their own; none named = every target up to 4 bits", default=())
     stream_samples: int = _help(
-        "sequences that each of these streams passes, the first of all; 0 = 32, or with method block, which trains on them, all", default=0
+        "sequences that each of these streams passes, the first of all; 0 = 32, or with methods block and omniquant, which train on them, all",
+        default=0,
     )
     asymmetric_calibration: float = _help("share of the inputs' drift that weights make up for (GPTAQ): 0 to 1", default=0.5)
     sweeps: int = _help("rounds of refit and coordinate descent over the codes after GPTQ", default=2)
@@ -99,6 +100,13 @@ class Recipe:
     temperature: float = _help("of both predictions in that distance (method qat)", default=1.0)
     balance_gradients: bool = _help("targets weigh the widths' gradients instead of their losses (method qat)", default=False)
     random_width: bool = _help("a random width for each layer and step, by the targets' weights, instead of all widths (method qat)", default=False)
+    epochs: int = _help("rounds over the calibration sequences (method omniquant)", default=20)
+    clip_rate: float = _help("learning rate of clipping (method omniquant)", default=0.01)
+    transform: bool = _help("learn scales and shifts of inputs that their makers take over (method omniquant)", default=True)
+    transform_rate: float = _help("learning rate of these (method omniquant)", default=0.005)
+    relative_tokens: bool = _help(
+        "each token's error counts as a share of its power in the training of blocks; off = squares, as in the papers", default=True
+    )
     damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)
     skip: tuple[str, ...] = _help("shell-style patterns of module names to leave unquantized", default=())
     calibration: str = _help("FILE.txt, FILE.jsonl, hf:DATASET[:SPLIT], or self (text sampled from the model)", default="self")
@@ -131,6 +139,7 @@ class Recipe:
             "refine_tokens": 1,
             "finetune_reads": 0,
             "train_tokens": 1,
+            "epochs": 1,
             "batch_tokens": 1,
             "seed": 0,
         }.items():
@@ -146,7 +155,7 @@ class Recipe:
             )
         if not 0 < self.refine_reach <= 128:
             raise RecipeError(f"refine_reach is {self.refine_reach}; it must be above 0 and at most 128 parent codes, for instance 4")
-        for name, example in {"finetune_rate": 0.003, "learning_rate": 1e-5, "temperature": 1}.items():
+        for name, example in {"finetune_rate": 0.003, "learning_rate": 1e-5, "clip_rate": 0.01, "transform_rate": 0.005, "temperature": 1}.items():
             if not 0 < getattr(self, name) < float("inf"):
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be a positive number, for instance {example}")
         if not 0 <= self.warmup <= 1 or not 0 <= self.weight_decay < float("inf"):
@@ -171,8 +180,8 @@ class Recipe:
             raise RecipeError("clip_search needs static_groups: it searches before the first code is chosen; switch clip_search off")
 
     def _check_teachers(self) -> None:
-        if self.method == "qat" and self.overlap:
-            raise RecipeError("method qat trains no overlapping residuals; switch overlap off")
+        if self.method in ("qat", "omniquant") and self.overlap:
+            raise RecipeError(f"method {self.method} trains no overlapping residuals; switch overlap off")
         for width, teacher in self.teachers.items():
             if width not in self.targets:
                 raise RecipeError(f"teachers names {width} bits, which is no target; {choices(width, self.targets)}")
@@ -226,7 +235,7 @@ class Recipe:
 
     def passed(self, sequences: int) -> int:
         """How many of the calibration sequences these pass."""
-        return min(self.stream_samples or (sequences if self.method == "block" else STREAM_SAMPLES), sequences)
+        return min(self.stream_samples or (sequences if self.method in ("block", "omniquant") else STREAM_SAMPLES), sequences)
 
     def stream_of(self, bits: int) -> int:
         """The stream that calibrates a width: the narrowest that is no narrower than it, else the original's."""

@@ -49,7 +49,8 @@ Repair = Callable[[Mapping[str, NestedWeight], int], Weights]
 class Trainer:
     """One block in training. layers: name in the block -> its module. streams: width -> inputs; goal: the original's outputs.
 
-    together: whether one call may hold several sequences. dtype: what the block computes in while it is trained.
+    together: whether one call may hold several sequences. dtype: what the block computes in while it is trained. relative: whether a
+    token's error counts as a share of its power.
     """
 
     block: nn.Module
@@ -59,14 +60,21 @@ class Trainer:
     goal: Float[Tensor, "samples length hidden"]
     together: bool = True
     dtype: torch.dtype = torch.float32
+    relative: bool = True
 
     def loss(self, weights: Mapping[str, Tensor], bits: int, samples: Sequence[int]) -> Tensor:
-        """Squared error of the block's output, relative to the token's power, summed over the tokens of some sequences; float32."""
-        named = {f"{name}.weight": w for name, w in weights.items()}
-        output = self.call.with_weights(self.block, named, self.streams[bits][samples])
+        """Squared error of the block's output, summed over the tokens of some sequences; float32. weights: by layer name."""
+        return self.loss_with({f"{name}.weight": w for name, w in weights.items()}, bits, samples)
+
+    def loss_with(self, parameters: Mapping[str, Tensor], bits: int, samples: Sequence[int]) -> Tensor:
+        """The same, whichever of the block's parameters are given, by their names."""
+        output = self.call.with_weights(self.block, parameters, self.streams[bits][samples])
         goal = self.goal[samples].float().to(output.device)
+        error = (output.float() - goal).square().sum(-1)
+        if not self.relative:
+            return error.sum()
         power = goal.square().sum(-1)
-        return ((output.float() - goal).square().sum(-1) / (power + 1e-9 * power.mean() + 1e-30)).sum()
+        return (error / (power + 1e-9 * power.mean() + 1e-30)).sum()
 
     def held(self, weights: Mapping[str, NestedWeight], bits: int, samples: Sequence[int]) -> float:
         """The same of weights as they are read, without gradients, a sequence at a time."""

@@ -28,7 +28,7 @@ class Reads(nn.Module):
         super().__init__()
         self.grid: Grid = start.grid
         own = {r: start.refits.get(r) for r in widths}
-        ones, zero = torch.ones(start.scale.shape), _zero(start) * 2.0 ** (8 - start.grid.bits)
+        ones, zero = torch.ones(start.scale.shape), zero_of(start) * 2.0 ** (8 - start.grid.bits)
         ones = ones.to(zero)
         self.m = nn.ParameterDict({str(r): nn.Parameter(ones.clone() if fit is None else fit.scale.float() / UNIT) for r, fit in own.items()})
         self.v = nn.ParameterDict({str(r): nn.Parameter((zero if fit is None else fit.zero.float()) / 2.0 ** (8 - r)) for r, fit in own.items()})
@@ -91,7 +91,7 @@ class TrainedLinear(nn.Module):
         self.weight = nn.Parameter(w)
         self.register_buffer("base", start.scale.float())
         self.ratio = nn.Parameter(torch.ones_like(self.base))
-        self.zero = nn.Parameter(_zero(start))
+        self.zero = nn.Parameter(zero_of(start))
         self.reads = Reads(start, widths)
         self.ratio.requires_grad_(learn_scales)
         self.zero.requires_grad_(learn_scales and not start.grid.symmetric)
@@ -119,7 +119,8 @@ class TrainedLinear(nn.Module):
         return NestedWeight(codes, scale.to(self.dtype), None if grid.symmetric else zero.to(torch.uint8), grid, slicing, self.reads.refits())
 
 
-def _zero(weight: NestedWeight) -> Float[Tensor, "out groups"]:
+def zero_of(weight: NestedWeight) -> Float[Tensor, "out groups"]:
+    """The zero of every group, stored or not, in float32."""
     return torch.full_like(weight.scale, weight.grid.center).float() if weight.zero is None else weight.zero.float()
 
 

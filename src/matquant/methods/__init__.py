@@ -31,6 +31,7 @@ METHODS = {
     "minmax": "matquant.methods.minmax:quantize",
     "gptq": "matquant.methods.gptq:quantize",
     "block": "matquant.methods.gptq:quantize",  # then refine.py, once all layers of a block have their codes
+    "omniquant": "matquant.methods.minmax:quantize",  # then omniquant.py
     "qat": "matquant.methods.minmax:quantize",  # where qat.py starts from
 }
 

@@ -1,0 +1,171 @@
+"""Learned clipping and transforms: the same function, the gradients of gamma and beta, and what a run does with them."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from grids import make_grid
+from runs import RESUME, Crash, Tiny, crash_at, sums
+from torch import Tensor
+from walks import Walk
+
+from matquant import activations, models
+from matquant.checkpoint import verify
+from matquant.codes import SLICINGS, Slicing, fit_grid, nearest_code, read_rule, slice_codes
+from matquant.errors import RecipeError
+from matquant.models import get_weight
+from matquant.omniquant import START, Clipping, Fold, find_folds, transformed
+from matquant.pipeline import RunOptions, quantize
+from matquant.recipe import Recipe
+from matquant.weight import NestedWeight
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+# --- folds ------------------------------------------------------------------------------------------------------------
+
+MLP = ("mlp.gate_proj", "mlp.up_proj")
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LLAMA = [Fold("input_layernorm", QKV, False), Fold("post_attention_layernorm", MLP, False), Fold("mlp.up_proj", ("mlp.down_proj",), False)]
+FOLDS = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,  # q, k and v have biases, the norm has none
+    "gemma2": [Fold("mlp.up_proj", ("mlp.down_proj",), False)],  # its norms multiply by 1 + weight
+    "mixtral": [Fold("input_layernorm", QKV, False)],  # the router reads the other norm too
+    "opt": [
+        Fold("self_attn_layer_norm", QKV, True),
+        Fold("self_attn.v_proj", ("self_attn.out_proj",), True),
+        Fold("final_layer_norm", ("fc1",), True),
+        Fold("fc1", ("fc2",), False),  # relu(x / s) = relu(x) / s
+    ],
+    "gpt2": [Fold("ln_1", ("attn.c_attn",), True), Fold("ln_2", ("mlp.c_fc",), True)],
+    "phi": [Fold("input_layernorm", (*QKV, "mlp.fc1"), True)],
+}
+
+
+def folds_of(folder: Path, kind: str) -> tuple[Walk, dict[str, torch.nn.Module], list[Fold]]:
+    walk = Walk(folder)
+    layers = {name.removeprefix(f"{walk.prefix}.0."): module for name, module in walk.of_block(0).items()}
+    stages = activations.stages(walk.blocks[0], walk.calls[0], walk.hidden, layers)
+    return walk, layers, find_folds(walk.blocks[0], walk.calls[0], walk.hidden[:1], layers, [group for stage in stages for group in stage])
+
+
+@pytest.mark.parametrize("kind", FOLDS)
+def test_where_a_transform_can_be_folded(kind: str, tiny: Tiny) -> None:
+    walk, layers, folds = folds_of(tiny(kind), kind)
+    names = lambda folds: {(f.producer, frozenset(f.consumers), f.shift) for f in folds}  # noqa: E731
+    assert names(folds) == names(FOLDS[kind])
+    g = torch.Generator().manual_seed(1)
+    sizes = {fold: models.layer_shape(layers[fold.consumers[0]]).in_features for fold in folds}
+    drawn = {f: (torch.rand(n, generator=g) + 0.5, torch.randn(n, generator=g) * f.shift) for f, n in sizes.items()}
+    weights = {name: get_weight(module) for name, module in layers.items()}
+    changed = transformed(walk.blocks[0], layers, weights, drawn)  # all at once
+    with torch.no_grad():
+        want, got = walk.calls[0](walk.blocks[0], walk.hidden[:1]), walk.calls[0].with_weights(walk.blocks[0], changed, walk.hidden[:1])
+    assert torch.allclose(got, want, atol=1e-4 * float(want.abs().mean()), rtol=1e-3)
+    assert not torch.allclose(changed[f"{folds[0].consumers[0]}.weight"], layers[folds[0].consumers[0]].weight, atol=1e-2)
+
+
+# --- clipping ---------------------------------------------------------------------------------------------------------
+
+
+def start(parent: int, symmetric: bool, slicing: Slicing, shrink: float) -> tuple[Tensor, NestedWeight]:
+    grid = make_grid(parent, 8, symmetric)
+    w = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    s, z = fit_grid(w.reshape(6, 4, 8), grid, torch.float16, shrink)
+    t = w.reshape(6, 4, 8) / s[..., None] + (grid.center if z is None else z[..., None])
+    return w, NestedWeight(nearest_code(t, grid).reshape(6, 32), s.half(), None if z is None else z.to(torch.uint8), grid, slicing)
+
+
+@pytest.mark.parametrize("slicing", SLICINGS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clipping_begins_at_the_grid_and_reads_as_its_integers(symmetric: bool, slicing: Slicing) -> None:
+    w, weight = start(8, symmetric, slicing, 0.7)
+    clipping = Clipping(weight, w, (2,))
+    assert torch.allclose(clipping.grid(w)[0], weight.scale.float(), rtol=0.02)
+    whole = Clipping(start(8, symmetric, slicing, 1.0)[1], w, ())
+    assert float(whole.gamma.detach().max()) == pytest.approx(START, abs=1e-3)
+    for bits in (8, 4, 2):
+        assert torch.allclose(clipping.read(w, bits), clipping.frozen(w).read(bits).dense(), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("slicing", SLICINGS)
+def test_gradients_of_gamma_and_beta_by_hand(slicing: Slicing, bits: int) -> None:
+    """One group. dL/dgamma = dL/ds max sigma' / (2^c - 1) + dL/dz (the same through z = -low / s), and so on; weight by weight."""
+    w, weight = start(8, False, slicing, 0.7)
+    w, weight = w[:1, :8], NestedWeight(weight.codes[:1, :8], weight.scale[:1, :1], weight.zero[:1, :1], make_grid(8, 8, False), slicing)  # pyright: ignore
+    clipping = Clipping(weight, w, ())
+    (s,), (z,) = (part.detach()[0].tolist() for part in clipping.grid(w))
+    step, shift = read_rule(bits, weight.grid, slicing)
+    along = torch.arange(1, 9).float()
+    ds = dz = 0.0
+    for value, factor in zip(w[0].tolist(), along.tolist(), strict=True):
+        t = math.floor(value / s + z + 0.5)
+        inside, q = 0 <= t <= 255, min(max(t, 0), 255)
+        p = int(slice_codes(torch.tensor([q], dtype=torch.uint8), bits, weight.grid, slicing))
+        ds += factor * (step * p + shift - z - inside * value / s)
+        dz += factor * (s * inside - s)
+    sigma = lambda x: float(x.detach().sigmoid())  # noqa: E731
+    low, high = float(w.min()), float(w.max())
+    for parameter, edge, sign in ((clipping.gamma, high, 1.0), (clipping.beta, low, -1.0)):
+        slope = edge * sigma(parameter) * (1 - sigma(parameter))  # of this end of the range
+        scale = sign * slope / 255
+        now = low * sigma(clipping.beta)
+        zero = now / s**2 * scale - (slope / s if parameter is clipping.beta else 0.0)
+        (got,) = torch.autograd.grad((clipping.read(w, bits)[0] * along).sum(), parameter)
+        assert got.item() == pytest.approx(ds * scale + dz * zero, rel=2e-3, abs=1e-5)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def omniquant(recipe: Recipe) -> Recipe:
+    learning = {"num_samples": 24, "epochs": 2, "refine_tokens": 64, "clip_rate": 0.003, "transform_rate": 0.002}
+    return replace(recipe, method="omniquant", parent_bits=8, bits=(8, 3, 2), targets={8: 0.01, 3: 1.0, 2: 1.0}, **learning)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_run_learns_and_says_what(kind: str, tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
+    report = quantize(str(tiny(kind)), tmp_path / "out", omniquant, RunOptions())
+    assert verify(tmp_path / "out") == []
+    notes = [note for layer in report.layers for note in layer.notes]
+    assert len(notes) == 2 and any(note.startswith("clipping learned, ") and "transforms; loss on sequences held out" in note for note in notes)
+    assert report.rows[1].kl is not None and report.rows[1].kl < 1e-4  # 8 bits: the transforms are folded on both sides
+    tensors, before = (dict(models.SafetensorsFiles(sorted(folder.glob("*.safetensors")))) for folder in (tmp_path / "out", tiny(kind)))
+    changed = {name for name in before if name in tensors and "norm" in name and not torch.equal(before[name], tensors[name])}
+    assert changed and all(tensors[name].dtype == before[name].dtype for name in changed)
+
+
+def test_interrupted_and_resumed(tiny: Tiny, omniquant: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize(str(tiny("llama")), tmp_path / "whole", omniquant, RunOptions())
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(activations, "propagate", 2, patch)
+        quantize(str(tiny("llama")), tmp_path / "cut", omniquant, RunOptions())
+    quantize(str(tiny("llama")), tmp_path / "cut", omniquant, RESUME)
+    assert sums(tmp_path / "cut") == sums(tmp_path / "whole")
+
+
+def test_without_transforms_norms_stay(tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
+    report = quantize(str(tiny("llama")), tmp_path / "out", replace(omniquant, transform=False), RunOptions())
+    tensors, before = (dict(models.SafetensorsFiles(sorted(folder.glob("*.safetensors")))) for folder in (tmp_path / "out", tiny("llama")))
+    assert all(torch.equal(before[name], tensors[name]) for name in before if "norm" in name)
+    assert any(note.startswith("clipping learned; ") for layer in report.layers for note in layer.notes)
+
+
+def test_what_diverges_or_gets_worse_keeps_its_grids(tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
+    start = quantize(str(tiny("llama")), tmp_path / "start", replace(omniquant, method="minmax", refit_bits=0), RunOptions())
+    for rate, words in ((3.0, "learned clipping was worse on sequences held out ("), (1e10, "learned clipping diverged")):
+        wild = replace(omniquant, transform_rate=rate, clip_rate=rate, refit_bits=0, finetune_rate=rate)
+        report = quantize(str(tiny("llama")), tmp_path / f"{rate:g}", wild, RunOptions())
+        notes = [note for layer in report.layers for note in layer.notes]
+        assert len(notes) == 2 and all(note.startswith(words) for note in notes)
+        assert [row.kl for row in report.rows] == [row.kl for row in start.rows]
+
+
+def test_overlap_is_refused() -> None:
+    with pytest.raises(RecipeError, match="method omniquant trains no overlapping residuals; switch overlap off"):
+        Recipe(method="omniquant", overlap=True)
