@@ -1,0 +1,171 @@
+"""Learned methods on a whole model, at every width, all variants of a method on the same tokens and as many of them.
+
+    python benchmarks/learned.py MODEL --name WORDS --out results.json --group-size 64 --train FILE --text FILE [--text FILE ...]
+        [--tokens 1000000] [--eval-samples 16] [--seq-len 512] [--seeds 0 1 2] [--only NAME ...]
+
+Variants are the rows of VARIANTS: MatQuant on two base algorithms and what it compares with, and our post-training methods, alone and with their
+reads tuned. A variant and seed that is already in the output file is not run again. A width's baseline is a run whose parent has that width.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import command
+from quality import evaluation, machine
+
+from matquant import models
+from matquant.errors import MatquantError
+from matquant.evaluate import evaluate
+from matquant.pipeline import RunOptions, quantize
+from matquant.plan import BitPlan
+from matquant.recipe import Recipe
+
+WIDTHS = (8, 6, 4, 3, 2)
+LAMBDA = {8: 0.1, 4: 0.1, 2: 1.0}
+PAPER = {"bits": WIDTHS, "slicing": "round", "refit_bits": 0, "clip_search": False, "streams": (8,), "asymmetric_calibration": 0.0}
+OMNIQUANT = PAPER | {"method": "omniquant", "normalize": False, "relative_tokens": False}
+QAT = PAPER | {"method": "qat"}
+OURS = {"bits": WIDTHS}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """settings: of the recipe. dedicated: one run for each width."""
+
+    words: str
+    settings: dict[str, Any]
+    dedicated: bool = False
+
+
+def family(base: str, words: str, settings: dict[str, Any]) -> dict[str, Variant]:
+    """What the paper compares, for one base algorithm."""
+    return {
+        f"{base}-baseline": Variant(f"{words}, one run a width", settings, dedicated=True),
+        f"{base}-sliced": Variant(f"{words}, 8 bits sliced", settings | {"targets": {8: 1.0}}),
+        f"{base}-matquant": Variant(f"MatQuant, {words}", settings | {"targets": LAMBDA}),
+        f"{base}-single": Variant(f"MatQuant, {words}, Single Precision 2", settings | {"targets": {2: 1.0}}),
+        f"{base}-extra": Variant(
+            f"MatQuant, {words}, Extra Precision", settings | {"targets": {8: 1.0, 4: 1.0, 2: 1.0}, "slicing": "round-overflow"}
+        ),
+    }
+
+
+VARIANTS = {
+    **family("omniquant", "OmniQuant", OMNIQUANT),
+    **family("qat", "QAT", QAT),
+    "qat-8to2": Variant("MatQuant, QAT, [8, 4, 2, 8 -> 2]", QAT | {"targets": LAMBDA, "teachers": {2: 8}}),
+    "qat-8to4-2": Variant("MatQuant, QAT, [8, 4, 2, 8 -> 4; 2]", QAT | {"targets": LAMBDA, "teachers": {4: 8, 2: 8}}),
+    "qat-only-8to2": Variant("MatQuant, QAT, [8, 4, 8 -> 2]", QAT | {"targets": LAMBDA, "teachers": {2: 8}, "teachers_only": True}),
+    "qat-weights": Variant("MatQuant, QAT, weights alone", QAT | {"targets": LAMBDA, "learn_scales": False}),
+    "qat-balanced": Variant("MatQuant, QAT, balanced gradients", QAT | {"targets": LAMBDA, "balance_gradients": True}),
+    "qat-random": Variant("MatQuant, QAT, a random width a layer", QAT | {"targets": LAMBDA, "random_width": True}),
+    "qat-ours": Variant("QAT with floor slicing, reads of their own, taught by the original", OURS | {"method": "qat", "teachers": dict.fromkeys((8, 4, 3, 2), 0)}),
+    "omniquant-ours": Variant("OmniQuant with floor slicing and reads of their own", OURS | {"method": "omniquant"}),
+    "nested": Variant("ours, without gradients", OURS),
+    "nested-tuned": Variant("ours, without gradients, reads tuned", OURS | {"finetune_reads": 1}),
+    "block": Variant("ours, block refinement", OURS | {"method": "block"}),
+    "block-tuned": Variant("ours, block refinement, reads tuned", OURS | {"method": "block", "finetune_reads": 1}),
+}  # fmt: skip
+
+
+def recipes(variant: Variant, common: dict[str, Any], tokens: int) -> list[Recipe]:
+    """One recipe, or one a width. A tuning takes its share of the tokens for each width that has a read of its own."""
+    settings = common | variant.settings | {"train_tokens": tokens}
+    if settings.get("finetune_reads"):
+        settings["finetune_reads"] = tokens
+    if not variant.dedicated:
+        return [Recipe(**settings)]
+    return [Recipe(**{**settings, "parent_bits": r, "bits": (r,), "targets": {r: 1.0}, "streams": (r,)}) for r in WIDTHS]
+
+
+def run(
+    recipe: Recipe, model: tuple[str, str | None], original: Any, texts: dict[str, torch.Tensor], dtype: str, device: str
+) -> list[dict[str, Any]]:
+    """Rows {text, bits, bits_per_weight, perplexity, kl, top1, seconds}."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, started = Path(folder) / "out", time.perf_counter()
+        quantize(model[0], out, recipe, RunOptions(gguf_file=model[1], device=device, dtype=dtype), Lines())
+        seconds = round(time.perf_counter() - started, 1)
+        rows = []
+        for text, sequences in texts.items():
+            plans = {str(r): BitPlan(r) for r in recipe.bits}
+            for row in evaluate(out, plans, sequences, original, dtype=dtype, device_map=device)[1:]:
+                numbers = {"perplexity": row.perplexity, "kl": row.kl, "top1": row.top1, "bits_per_weight": row.bits_per_weight}
+                rows.append({"text": text, "bits": int(row.bits or 0), **numbers, "seconds": seconds})
+    return rows
+
+
+class Lines:
+    """Progress that prints what is told."""
+
+    def __call__(self, stage: str, done: int, of: int) -> None: ...
+
+    def line(self, text: str) -> None:
+        if text.startswith("note: "):
+            print(text, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--name", required=True, help="of the model, in tables")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gguf-file")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--train", required=True, help="text to calibrate and to train on")
+    parser.add_argument("--text", action="append", required=True, help="to measure on; may be given again")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of end-to-end training")
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--eval-samples", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--train-dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another recipe setting, for all variants; may be given again"
+    )
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    source = models.open_source(options.model, options.gguf_file)
+    original = models.load_dense(options.model, source.folder, options.gguf_file, dtype=torch.float32).to(options.device)
+    texts = {Path(spec).name: evaluation(spec, source.tokenizer(), original, options.eval_samples, options.seq_len) for spec in options.text}
+    extra = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in options.set)}
+    common = {"group_size": options.group_size, "calibration": options.train, "num_samples": options.num_samples, "seq_len": options.seq_len}
+    common |= {"eval_samples": 0, "train_dtype": options.train_dtype, "refine_dtype": options.train_dtype, **extra}
+    setting = common | {"calibration": Path(options.train).name, "tokens": options.tokens, "held_out": [options.eval_samples, options.seq_len]}
+    result = json.loads(options.out.read_text()) if options.out.exists() else {"runs": {}}
+    if result.get("setting", setting) != setting:
+        sys.exit(f"{options.out} was made with other settings: {result['setting']}; choose another --out")
+    result |= {"name": options.name, "setting": setting}
+    for seed in options.seeds:
+        for name in options.only:
+            variant, key = VARIANTS[name], f"{name}/{seed}"
+            if key in result["runs"]:
+                continue
+            rows = []
+            try:
+                for recipe in recipes(variant, common | {"seed": seed}, options.tokens):
+                    rows += run(recipe, (options.model, options.gguf_file), original, texts, "float32", options.device)
+                    print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-5:]], flush=True)
+            except MatquantError as error:  # a training that diverged at once is a result
+                print(f"{key}: {error}", flush=True)
+            written = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}  # another process may have added to it
+            entry = {"words": variant.words, "command": command(), "machine": machine(), "settings": variant.settings, "rows": rows}
+            result["runs"] = {**written, key: entry}
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
