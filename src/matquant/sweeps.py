@@ -19,6 +19,7 @@ from torch import Tensor
 
 from matquant.codes import slice_codes
 from matquant.objective import Objective
+from matquant.threads import for_steps_of
 from matquant.weight import NestedWeight
 
 BLOCK = 64
@@ -54,16 +55,17 @@ def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"])
         end = min(start + BLOCK, len(codes))
         corner = torch.stack([hessian[start:end, start:end] for hessian in h])
         moved = torch.zeros_like(read[:, start:end])
-        for j in range(start, end):
-            done, g = j - start, group_of[j]
-            slope = gradient[:, j]
-            if done:
-                slope = slope + torch.bmm(corner[:, done : done + 1, :done], moved[:, :done])[:, 0]
-            wanted = read[:, j] - slope / power[:, j, None]
-            q = chooser.choose((wanted - offset[:, g]) / scale[:, g], counted[:, g] * power[:, j, None], prefixes, codes[j])
-            now = torch.addcmul(offset[:, g], table[:, q.int()], scale[:, g])
-            moved[:, done] = now - read[:, j]
-            codes[j] = q
+        with for_steps_of(codes.shape[1] * len(prefixes.base)):
+            for j in range(start, end):
+                done, g = j - start, group_of[j]
+                slope = gradient[:, j]
+                if done:
+                    slope = slope + torch.bmm(corner[:, done : done + 1, :done], moved[:, :done])[:, 0]
+                wanted = read[:, j] - slope / power[:, j, None]
+                q = chooser.choose((wanted - offset[:, g]) / scale[:, g], counted[:, g] * power[:, j, None], prefixes, codes[j])
+                now = torch.addcmul(offset[:, g], table[:, q.int()], scale[:, g])
+                moved[:, done] = now - read[:, j]
+                codes[j] = q
         error[:, start:end] += moved
         for r, hessian in enumerate(h):  # columns passed are brought up to date too: the loss wants them
             gradient[r].addmm_(hessian[:, start:end], moved[r])

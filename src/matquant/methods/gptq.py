@@ -35,6 +35,7 @@ from matquant.objective import Objective, build, refit_interpolated
 from matquant.recipe import Recipe
 from matquant.refit import refit
 from matquant.sweeps import affine_reads, descend, sliced_table
+from matquant.threads import for_steps_of
 from matquant.weight import NestedWeight
 
 BLOCK = 128
@@ -115,7 +116,8 @@ def choose_codes(
             reads = affine_reads(objective.widths, state)
         groups = (order[start:end] // size).tolist()
         corner = torch.stack([u[start:end, start:end] for u in upper])
-        codes[start:end], errors = _block(running[:, start:end], corner, reads, groups, objective, state, recipe.feedback == "mean")
+        with for_steps_of(out * 2**objective.chooser.prefix_bits):
+            codes[start:end], errors = _block(running[:, start:end], corner, reads, groups, objective, state, recipe.feedback == "mean")
         for r, u in enumerate(upper):
             running[r, end:] -= u[start:end, end:].T @ errors[r]
     back = torch.empty_like(codes)
