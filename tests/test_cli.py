@@ -136,11 +136,11 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "refit_bits": "4", "feedback": "mean", "damping": "0.5", "calibration": "x.txt", "num_samples": "3", "seq_len": "9", "eval_samples": "0", "seed": "7",
         "favor": "4,2", "streams": "6", "stream_samples": "2", "asymmetric_calibration": "0.25", "sweeps": "1", "refine_steps": "5", "refine_tokens": "3", "refine_reach": "0.5",
         "refine_dtype": "bfloat16", "finetune_reads": "9", "finetune_rate": "0.01", "train_text": "y.txt", "train_tokens": "8", "batch_tokens": "4", "train_dtype": "bfloat16",
-        "learning_rate": "0.1", "warmup": "0.5", "decay": "constant", "weight_decay": "0.2", "teachers": "2:4,4:0", "divergence": "mse", "temperature": "2",
+        "learning_rate": "0.1", "warmup": "0.5", "decay": "constant", "weight_decay": "0.2", "teachers": "2:4,4:0", "divergence": "mse", "temperature": "2", "epochs": "3", "clip_rate": "0.5", "transform_rate": "0.2",
     }  # fmt: skip
     switches = [
         "--no-symmetric", "--no-overlap", "--no-clip-search", "--no-act-order", "--no-static-groups", "--no-rotate", "--no-normalize",
-        "--no-learn-scales", "--no-teachers-only", "--no-balance-gradients", "--no-random-width",
+        "--no-learn-scales", "--no-teachers-only", "--no-balance-gradients", "--no-random-width", "--no-transform", "--no-relative-tokens",
     ]  # fmt: skip
     given = [word for name, value in values.items() for word in (flags.flag_name(name), value)]
     recipe = recipe_of(monkeypatch, *given, *switches, "--skip", "*.o_proj", "--skip", "lm_head")
@@ -166,7 +166,7 @@ def test_flags_override_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--method", "gptg"], "method is 'gptg'; choose from minmax, gptq, block, qat (did you mean gptq?)"),
+        (["--method", "gptg"], "method is 'gptg'; choose from minmax, gptq, block, omniquant, qat (did you mean gptq?)"),
         (["--slicing", "flor"], "slicing is 'flor'; choose from floor, round, round-overflow (did you mean floor?)"),
         (["--feedback", "meen"], "choose from per-width, mean (did you mean mean?)"),
         (["--scale-dtype", "float61"], "did you mean float16?"),

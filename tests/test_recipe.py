@@ -14,7 +14,7 @@ from matquant.errors import MatquantError, RecipeError
 from matquant.recipe import ORIGINAL, Recipe
 
 # A change here means that finished checkpoints name another recipe than a new run with the same words: say so in CHANGELOG.
-DEFAULT_HASH = "931ba4cf2ccc86640726a05e4d1ee8ee6d42e072918a83f5da27a0bd9502b5c2"
+DEFAULT_HASH = "8aca82c06ae3e732e3922fea040b314934978c6143e77f4c9c28ec0816036c39"
 
 OTHER = Recipe(
     method="minmax", bits=(2, 4), targets={4: 1, 2: 3}, parent_bits=4, group_size=-1, symmetric=True, slicing="round", scale_dtype="bfloat16",
@@ -94,7 +94,7 @@ def test_every_field_says_what_it_is() -> None:
     ("given_settings", "message"),
     [
         ({"metod": "gptq"}, r"a recipe has no setting 'metod'; choose from .*\(did you mean method\?\)"),
-        ({"method": "gtpq"}, r"method is 'gtpq'; choose from minmax, gptq, block, qat \(did you mean gptq\?\)"),
+        ({"method": "gtpq"}, r"method is 'gtpq'; choose from minmax, gptq, block, omniquant, qat \(did you mean gptq\?\)"),
         ({"slicing": "flor"}, r"slicing is 'flor'; choose from floor, round, round-overflow \(did you mean floor\?\)"),
         ({"scale_dtype": "float8"}, r"scale_dtype is 'float8'; choose from float16, bfloat16, float32"),
         ({"feedback": "none"}, r"feedback is 'none'; choose from per-width, mean"),

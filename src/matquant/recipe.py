@@ -128,6 +128,29 @@ class Recipe:
             "divergence": get_args(Divergence),
         }.items():
             self._check_choice(name, allowed)
+        self._check_numbers()
+        if self.method == "block" and (self.parent_bits != 8 or self.slicing != "floor"):
+            raise RecipeError(
+                f"method block needs parent_bits 8 and slicing floor, not {self.parent_bits} and {self.slicing}; change them, or use method gptq"
+            )
+        self._check_teachers()
+        if self.finetune_reads and not self.layout.refit_widths:
+            raise RecipeError(
+                "finetune_reads tunes the reads of widths that have their own, and none has: refit_bits is below all bits; raise it, for instance to 4"
+            )
+        used = {self.stream_of(r) for r in self.targets}
+        if self.feedback == "mean" and len(used) > 1:
+            named = " and ".join("the original's" if r == ORIGINAL else f"that of {r} bits" for r in sorted(used, reverse=True))
+            raise RecipeError(
+                f"feedback mean keeps one running weight, which needs one stream for all targets, not {named}; "
+                f"name one, for instance --streams {self.parent_bits}"
+            )
+        if self.act_order and not self.static_groups:
+            raise RecipeError("act_order needs static_groups: groups reached in another order would have no fixed members; switch one of them")
+        if self.clip_search and not self.static_groups:
+            raise RecipeError("clip_search needs static_groups: it searches before the first code is chosen; switch clip_search off")
+
+    def _check_numbers(self) -> None:
         for name, low in {
             "num_samples": 1,
             "seq_len": 2,
@@ -147,37 +170,22 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         if self.seed >= 2**63:
             raise RecipeError(f"seed is {self.seed}; it must be below 2^63")
-        if not 0 < self.damping < float("inf"):
-            raise RecipeError(f"damping is {self.damping}; it must be a positive number, for instance 0.01")
-        if self.method == "block" and (self.parent_bits != 8 or self.slicing != "floor"):
-            raise RecipeError(
-                f"method block needs parent_bits 8 and slicing floor, not {self.parent_bits} and {self.slicing}; change them, or use method gptq"
-            )
         if not 0 < self.refine_reach <= 128:
             raise RecipeError(f"refine_reach is {self.refine_reach}; it must be above 0 and at most 128 parent codes, for instance 4")
-        for name, example in {"finetune_rate": 0.003, "learning_rate": 1e-5, "clip_rate": 0.01, "transform_rate": 0.005, "temperature": 1}.items():
+        for name, example in {
+            "damping": 0.01,
+            "finetune_rate": 0.003,
+            "learning_rate": 1e-5,
+            "clip_rate": 0.01,
+            "transform_rate": 0.005,
+            "temperature": 1,
+        }.items():
             if not 0 < getattr(self, name) < float("inf"):
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be a positive number, for instance {example}")
         if not 0 <= self.warmup <= 1 or not 0 <= self.weight_decay < float("inf"):
             raise RecipeError(f"warmup is {self.warmup} and weight_decay {self.weight_decay}; one is a share from 0 to 1, the other at least 0")
-        self._check_teachers()
-        if self.finetune_reads and not self.layout.refit_widths:
-            raise RecipeError(
-                "finetune_reads tunes the reads of widths that have their own, and none has: refit_bits is below all bits; raise it, for instance to 4"
-            )
         if not 0 <= self.asymmetric_calibration <= 1:
             raise RecipeError(f"asymmetric_calibration is {self.asymmetric_calibration}; it must be a share from 0 to 1, for instance 0.5")
-        used = {self.stream_of(r) for r in self.targets}
-        if self.feedback == "mean" and len(used) > 1:
-            named = " and ".join("the original's" if r == ORIGINAL else f"that of {r} bits" for r in sorted(used, reverse=True))
-            raise RecipeError(
-                f"feedback mean keeps one running weight, which needs one stream for all targets, not {named}; "
-                f"name one, for instance --streams {self.parent_bits}"
-            )
-        if self.act_order and not self.static_groups:
-            raise RecipeError("act_order needs static_groups: groups reached in another order would have no fixed members; switch one of them")
-        if self.clip_search and not self.static_groups:
-            raise RecipeError("clip_search needs static_groups: it searches before the first code is chosen; switch clip_search off")
 
     def _check_teachers(self) -> None:
         if self.method in ("qat", "omniquant") and self.overlap:
