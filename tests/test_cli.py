@@ -153,6 +153,7 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         num_samples=3, seq_len=9, eval_samples=0, seed=7, finetune_reads=9, finetune_rate=0.01, train_text="y.txt", train_tokens=8, batch_tokens=4,
         train_dtype="bfloat16", learning_rate=0.1, warmup=0.5, decay="constant", weight_decay=0.2, teachers={4: 0, 2: 4}, divergence="mse", temperature=2.0,
         learn_scales=False,
+        epochs=3, clip_rate=0.5, transform=False, transform_rate=0.2, relative_tokens=False,
     )  # fmt: skip
 
 
