@@ -14,6 +14,7 @@ import matquant
 from matquant import activations, calibration, models
 from matquant.checkpoint import Checkpoint, files, verify
 from matquant.pipeline import RunOptions, quantize
+from matquant.plan import Shape
 from matquant.recipe import Recipe
 from matquant.report import Report
 
@@ -135,6 +136,20 @@ def test_rounding_to_nearest_needs_no_text(tiny: Tiny, tmp_path: Path, monkeypat
     report = quantize(str(tiny("llama")), tmp_path / "out", replace(FAST, seq_len=4000), RunOptions())
     assert report.rows == () and report.protocol is None and len(report.layers) == 14 and verify(tmp_path / "out") == []
     assert "Not measured" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_extra_precision_is_counted_in_truth(tiny: Tiny, tmp_path: Path) -> None:
+    report = quantize(
+        str(tiny("llama")),
+        tmp_path / "out",
+        replace(FAST, parent_bits=4, bits=(4, 2), targets={4: 1.0, 2: 1.0}, slicing="round-overflow"),
+        RunOptions(),
+    )
+    share, stored = report.overflow[2]
+    assert list(report.overflow) == [2] and 0 < share < 0.2
+    assert stored > 2 + 5 * share + 1 / 16
+    assert Checkpoint.open(tmp_path / "out").layout.read_bits(Shape(64, 32), 2) == 64 * (32 * 3 + 16 + 8)
+    assert f"{2 + share:.2f} at 2 bits ({stored:.2f} stored sparsely)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_rounding_to_nearest_can_be_measured(tiny: Tiny, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

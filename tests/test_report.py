@@ -42,7 +42,7 @@ LAYERS = (
 REPORT = Report(
     model="org/tiny", base_model="org/tiny", recipe=Recipe(calibration="wiki.txt"), rows=ROWS, layers=LAYERS,
     protocol=Protocol(512, 512, 16352, 32, "token 1 leads every sequence", "wiki.test.raw"), skipped=(("lm_head", "tied to the embedding"),),
-    outputs=({4: 1e-3, 2: 0.1}, {4: 2e-3, 2: 0.2}),
+    outputs=({4: 1e-3, 2: 0.1}, {4: 2e-3, 2: 0.2}), tuned={2: (0.83, 0.64)}, overflow={4: (0.01, 4.12), 2: (0.05, 2.31)},
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_nothing_in_it_depends_on_when_or_where() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=3), "report.json has version 3; this matquant reads version 2; install a newer matquant"),
+        (lambda d: d.update(version=4), "report.json has version 4; this matquant reads version 3; install a newer matquant"),
         (lambda d: d.pop("outputs"), "is not what matquant writes: KeyError"),
         (lambda d: d.update(outputs=[1.0]), "is not what matquant writes"),
         (lambda d: d.update(outputs=[{"x": 1.0}]), "is not what matquant writes"),
@@ -118,6 +118,8 @@ def test_nothing_in_it_depends_on_when_or_where() -> None:
         (lambda d: d["recipe"].update(method="magic"), "method is 'magic'"),
         (lambda d: d.update(recipe=[]), "is not what matquant writes"),
         (lambda d: d["protocol"].pop("bos"), "is not what matquant writes"),
+        (lambda d: d.update(tuned={"2": [0.5]}), "is not what matquant writes"),
+        (lambda d: d.update(overflow={"2": [0.05, "2.3"]}), "'2.3' is not a finite number"),
         (lambda d: d.update(skipped=["lm_head"]), "is not what matquant writes"),
     ],
 )
@@ -288,6 +290,8 @@ def test_the_card_holds_table_protocol_usage_and_limits() -> None:
     assert "calibrated on 32 sequences of 512 tokens: `wiki.txt`, seed 0" in card
     assert "tokens: text sampled from the model itself" in model_card(replace(REPORT, recipe=Recipe()))
     assert "calibrated" not in model_card(replace(REPORT, recipe=Recipe(method="minmax")))
+    assert "reads tuned end to end: KL on sequences held out went from 0.830 to 0.640 at 2 bits" in card
+    assert "4.01 at 4 bits (4.12 stored sparsely), 2.05 at 2 bits (2.31 stored sparsely); from planes, as counted above, it is 3 at 2 bits" in card
     assert "## Limits" in card and "is not recorded here" not in card
     assert not re.search(r"https?://|<img|<script", card)
     assert model_card(REPORT, {"license": "mit"}, ["quality.svg"]) == card
@@ -297,6 +301,8 @@ def test_the_card_without_measurement_or_license() -> None:
     card = model_card(replace(REPORT, rows=(), protocol=None, skipped=(), layers=()))
     assert "Not measured" in card and "quality.svg" not in card and "The license of the base model applies; it is not recorded here." in card
     assert "Left as they are" not in card and "largest relative" not in card
+    plain = model_card(replace(REPORT, tuned={}, overflow={}))
+    assert "tuned" not in plain and "stored sparsely" not in plain
     assert "How it was measured is not recorded" in model_card(replace(REPORT, protocol=None))
     few = model_card(replace(REPORT, protocol=replace(REPORT.protocol, tokens=70)))  # type: ignore[type-var]
     assert "70 tokens are few" in few

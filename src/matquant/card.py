@@ -9,7 +9,7 @@ import yaml
 from matquant.codes import planes_needed
 from matquant.evaluate import Protocol
 from matquant.recipe import Recipe
-from matquant.report import LayerReport, Report, Table, layer_rows, public, quality_rows, skipped_rows
+from matquant.report import LayerReport, Report, Table, layer_rows, overflow_words, public, quality_rows, skipped_rows, tuned_words
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
 IMAGES = {"quality.svg": "KL and perplexity against bits per weight", "errors.svg": "relative errors along the depth of the model"}
@@ -127,6 +127,7 @@ def _making(report: Report) -> list[str]:
     facts = [
         f"{recipe.parent_bits}-bit codes, {groups}, {zero}, {recipe.scale_dtype} scales, slicing `{recipe.slicing}`, method `{recipe.method}`",
         *(calibrated if recipe.method != "minmax" else []),
+        *(words for words in (tuned_words(report), overflow_words(report)) if words),
         "every setting is in config.json, under `recipe`, with its hash",
     ]
     skipped = ["Left as they are:", _markdown(skipped_rows(report.skipped))] if report.skipped else []

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matquant import models, texts
+from matquant import models, overflow, texts
 from matquant.blocks import BlockRun, Progress, Silent, is_whole, save_whole
 from matquant.card import base_license, model_card
 from matquant.checkpoint import Checkpoint, add_files, quantization_config, write, writing_error
@@ -396,6 +396,7 @@ class _Run:
             self.layers.skipped,
             self.blocks.outputs(),
             changes(self._tuned),
+            overflow.costs((self.chosen.weight(name) for name in self.layers.quantized), self.recipe.bits),
         )
 
 

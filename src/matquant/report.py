@@ -16,7 +16,7 @@ from matquant.evaluate import Protocol, Row
 from matquant.plan import Shape
 from matquant.recipe import Recipe
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Report:
     protocol: how it was, else None. skipped: (layer, why it was left as it is). outputs: of every block, the relative error
     ||y_r - y||^2 / ||y||^2 of its output on the calibration text, by the width of the stream; empty if nothing was calibrated.
     tuned: KL to the original before and after its read was tuned end to end, of every width, on sequences held out.
+    overflow: of every width of Extra Precision, the share of codes that are 2^r, and bits a code where these are stored sparsely (overflow.py).
     """
 
     model: str
@@ -51,6 +52,7 @@ class Report:
     skipped: tuple[tuple[str, str], ...] = ()
     outputs: tuple[Mapping[int, float], ...] = ()
     tuned: Mapping[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
+    overflow: Mapping[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. Absolute paths are cut to the file's name."""
@@ -67,6 +69,7 @@ class Report:
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "outputs": [_finite({str(bits): error for bits, error in output.items()}) for output in self.outputs],
             "tuned": {str(bits): list(kl) for bits, kl in self.tuned.items()},
+            "overflow": {str(bits): list(cost) for bits, cost in self.overflow.items()},
         }
 
     def to_json(self) -> bytes:
@@ -89,7 +92,8 @@ class Report:
                 tuple(_layer(layer) for layer in data["layers"]),
                 tuple((_text(skip["name"]), _text(skip["reason"])) for skip in data["skipped"]),
                 tuple({int(bits): _number(error) for bits, error in output.items() if error is not None} for output in data["outputs"]),
-                {int(bits): (_number(before), _number(after)) for bits, (before, after) in data["tuned"].items()},
+                _twos(data["tuned"]),
+                _twos(data["overflow"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MatquantError) as error:
             raise CheckpointError(f"{source} is not what matquant writes: {error!r}; run matquant eval for fresh numbers") from None
@@ -153,6 +157,10 @@ def _layer(data: Mapping[str, Any]) -> LayerReport:
     return LayerReport(_text(data["name"]), Shape(out, in_features), _errors(data["errors"]), tuple(map(_text, data["notes"])), stages)
 
 
+def _twos(data: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
+    return {int(bits): (_number(first), _number(second)) for bits, (first, second) in data.items()}
+
+
 def _errors(data: Mapping[str, Any]) -> dict[int, float | None]:
     return {int(bits): None if error is None else _number(error) for bits, error in data.items()}
 
@@ -191,6 +199,19 @@ def layer_rows(layers: Sequence[LayerReport]) -> Table:
 
 def skipped_rows(skipped: Sequence[tuple[str, str]]) -> Table:
     return Table(["layer", "left as it is because"], [list(line) for line in skipped])
+
+
+def tuned_words(report: Report) -> str:
+    """What end-to-end tuning of the reads did, or ""."""
+    changes = ", ".join(f"{_short(before)} to {_short(after)} at {bits} bits" for bits, (before, after) in report.tuned.items())
+    return f"reads tuned end to end: KL on sequences held out went from {changes}" if changes else ""
+
+
+def overflow_words(report: Report) -> str:
+    """What Extra Precision costs as the paper counts it and in truth, or ""."""
+    planes = f"from planes, as counted above, it is {min(report.overflow) + 1} at {min(report.overflow)} bits" if report.overflow else ""
+    counts = ", ".join(f"{bits + share:.2f} at {bits} bits ({stored:.2f} stored sparsely)" for bits, (share, stored) in report.overflow.items())
+    return f"code bits a weight as published, one for each that overflows and none for where it is: {counts}; {planes}" if counts else ""
 
 
 def size(count: int | float) -> str:

@@ -18,7 +18,7 @@ from matquant import doctor
 from matquant.checkpoint import Description
 from matquant.cli.run import Completion
 from matquant.evaluate import Protocol, Row
-from matquant.report import Report, Table, layer_rows, quality_rows, size, skipped_rows
+from matquant.report import Report, Table, layer_rows, overflow_words, quality_rows, size, skipped_rows, tuned_words
 
 if TYPE_CHECKING:
     from matquant.estimate import Estimate
@@ -165,6 +165,7 @@ def report(found: Report, folder: Path, run: str, as_json: bool) -> None:
         say("")
         draw(quality_rows(found.rows))
         say(protocol_line(found.protocol))
+    say(*(words for words in (tuned_words(found), overflow_words(found)) if words))
     say(run, f"written to {folder}; next: matquant generate {folder} 'Once upon a time' --bits 4")
 
 
