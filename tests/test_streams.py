@@ -10,6 +10,7 @@ from walks import Walk, Weights, every_stream
 
 from matquant import activations
 from matquant.activations import Inputs
+from matquant.moments import RIDGE, as_of_all
 from matquant.recipe import ORIGINAL
 
 Tiny = Callable[[str], Path]
@@ -52,7 +53,7 @@ def layer_inputs(walk: Walk, index: int, hidden: Tensor, weights: dict[str, Tens
 @pytest.mark.parametrize("panel", [256, 12])
 def test_moments_of_every_stream_are_those_of_its_own_inputs_and_weights(tiny: Tiny, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """H_r = X_r^T X_r / n and C_r = (X - X_r)^T X_r / n, explicitly, for the layers of every stage."""
-    monkeypatch.setattr(activations, "PANEL", panel)
+    monkeypatch.setattr("matquant.moments.PANEL", panel)
     walk = Walk(tiny("llama"))
     streams, weights = drifted(walk, 1)
     slow = {r: layer_inputs(walk, 1, streams[r], weights[r])[0] for r in streams}
@@ -95,7 +96,7 @@ def test_moments_of_fewer_sequences_are_corrected_by_what_the_original_says_of_a
         for r in WIDTHS:
             y = slow[r][name]
             z = y[:tokens]
-            a = torch.linalg.solve(part + activations.RIDGE * part.diagonal().mean() * torch.eye(len(part)), x[:tokens].T @ z / tokens)
+            a = torch.linalg.solve(part + RIDGE * part.diagonal().mean() * torch.eye(len(part)), x[:tokens].T @ z / tokens)
             h = z.T @ z / tokens + a.T @ (whole - part) @ a
             cross = (x[:tokens] - z).T @ z / tokens + (torch.eye(len(a)) - a.T) @ (whole - part) @ a
             close = {"rtol": 1e-2, "atol": 1e-3 * float(h.abs().max())}
@@ -114,7 +115,7 @@ def test_moments_of_fewer_sequences_are_corrected_by_what_the_original_says_of_a
 
 def test_moments_stay_where_the_originals_cannot_be_factored() -> None:
     h, cross, part = torch.eye(3), torch.zeros(3, 3), torch.diag(torch.tensor([1.0, 1.0, -1.0]))
-    assert activations.as_of_all(h, cross, part, torch.eye(3)) == (h, cross)
+    assert as_of_all(h, cross, part, torch.eye(3)) == (h, cross)
 
 
 def test_later_layers_see_what_passed_the_quantized_ones_before_them(tiny: Tiny) -> None:

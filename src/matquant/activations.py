@@ -11,7 +11,7 @@ its Hessians are those of the inputs that it will see.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matquant.errors import InputError
+from matquant.moments import Moments, add, as_of_all, of_all
 from matquant.recipe import ORIGINAL
+from matquant.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,6 @@ def like(hidden: Float[Tensor, "samples length hidden"], file: Path | None) -> F
 
 # --- statistics of a block's inputs ---------------------------------------------------------------------------------
 
-PANEL = 256  # columns of a product at once
-RIDGE = 1e-3  # of the map from the original's inputs to a stream's, as a share of their mean power
 ENOUGH = 4  # tokens an input channel, below which that map is noise
 Weights = Mapping[str, Tensor]  # layer -> its weight as the module holds it
 
@@ -152,35 +152,6 @@ class Inputs:
 
     h: Mapping[int, Float[Tensor, "in in"]]
     cross: Mapping[int, Float[Tensor, "in in"]] = field(default_factory=dict[int, Tensor])
-
-
-@dataclass
-class Moments:
-    """A running mean of x^T y over tokens. symmetric: y is x, and only panels from the diagonal to the right are computed: half the work."""
-
-    total: Float[Tensor, "in in"]
-    symmetric: bool
-    tokens: int = 0
-
-    def add(self, x: Float[Tensor, "tokens in"], y: Float[Tensor, "tokens in"]) -> None:
-        self.tokens += len(x)
-        if not self.symmetric:
-            self.total.addmm_(x.T, y)
-            return
-        for start in range(0, x.shape[1], PANEL):
-            self.total[start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
-
-    @property
-    def mean(self) -> Float[Tensor, "in in"]:
-        total = self.total.triu() + self.total.triu(1).T if self.symmetric else self.total
-        return total / max(self.tokens, 1)
-
-
-def _add(moments: dict[Any, Moments], key: Any, x: Float[Tensor, "tokens in"], y: Float[Tensor, "tokens in"]) -> None:
-    """Count x^T y of some tokens in."""
-    if key not in moments:
-        moments[key] = Moments(x.new_zeros(x.shape[1], x.shape[1]), symmetric=x is y)
-    moments[key].add(x, y)
 
 
 def place(layers: Mapping[str, nn.Module], weights: Weights) -> None:
@@ -237,19 +208,20 @@ def pass_original(
     weights: Weights,
     layers: Mapping[str, nn.Module],
     leaders: Sequence[str] = (),
-    first: int = 0,
+    first: int | None = None,
+    world: World = ALONE,
 ) -> Seen:
     """Replace the original's hidden states by the block's outputs, in place. Returns moments of the `leaders` on the way.
 
-    A leader that no token reaches is absent. first: how many sequences the other streams hold.
+    A leader that no token reaches is absent. first: how many sequences the other streams hold; None = all, in every process.
     """
     moments: dict[str, Moments] = {}
-    part: dict[str, Tensor] = {}
+    early: dict[str, Moments] = {}
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = _tokens(args[0])
-            _add(moments, name, x, x)
+            add(moments, name, x, x)
 
         return hook
 
@@ -257,9 +229,10 @@ def pass_original(
     with _hooks({name: layers[name] for name in leaders}, observe), torch.inference_mode():
         for sample, x in enumerate(hidden):
             hidden[sample] = call(block, x[None])[0]
-            if sample + 1 == first < len(hidden):
-                part = {name: found.mean for name, found in moments.items()}
-    whole = {name: found.mean for name, found in moments.items()}
+            if sample + 1 == first:
+                early = {name: replace(found, total=found.total.clone()) for name, found in moments.items()}
+    device = next(block.parameters()).device
+    whole, part = ({name: found.mean for name, found in of_all(seen, world, device).items()} for seen in (moments, early))
     return Seen(whole, part or whole)
 
 
@@ -272,6 +245,7 @@ def statistics(
     leaders: Sequence[str],
     seen: Seen,
     original: Float[Tensor, "samples length hidden"] | None = None,
+    world: World = ALONE,
 ) -> dict[str, Inputs]:
     """Inputs of the `leaders`, each stream run with its own weights up to the last of them. A leader that no token reaches is absent.
 
@@ -305,10 +279,11 @@ def statistics(
             originals = {} if original is None else inputs(ORIGINAL, original[sample])
             for width, hidden in streams.items():
                 for name, x in inputs(width, hidden[sample]).items():
-                    _add(h, (name, width), x, x)
+                    add(h, (name, width), x, x)
                     every = len(x) == hidden.shape[1]  # a router may send an expert other tokens than before
                     if every and name in originals and originals[name].shape == x.shape:
-                        _add(c, (name, width), originals[name] - x, x)
+                        add(c, (name, width), originals[name] - x, x)
+    h, c = (of_all(moments, world, next(block.parameters()).device) for moments in (h, c))
     widths = [*([ORIGINAL] if seen.whole else []), *streams]
     found: dict[str, Inputs] = {}
     for name in leaders:
@@ -323,28 +298,6 @@ def statistics(
         if own:
             found[name] = Inputs(_complete(own, widths), cross)
     return found
-
-
-def as_of_all(
-    h: Float[Tensor, "in in"], cross: Float[Tensor, "in in"], part: Float[Tensor, "in in"], whole: Float[Tensor, "in in"]
-) -> tuple[Float[Tensor, "in in"], Float[Tensor, "in in"]]:
-    """(H_r, C_r) of some sequences, corrected by what the original's H says of all of them.
-
-    Inputs of a stream are nearly a linear map of the original's, x_r = A^T x + noise. So with D = H - H(these sequences):
-
-        A = H(these)^-1 mean x x_r^T         H_r + A^T D A            C_r + (I - A^T) D A
-
-    as in regression estimates of surveys. H_r stays positive semidefinite, because what A explains was in it. Where H(these) has no
-    Cholesky factor, both stay as they are.
-    """
-    ridge = RIDGE * torch.diagonal(part).mean() * torch.eye(len(part), device=part.device)
-    lower, failed = torch.linalg.cholesky_ex(part + ridge)
-    if failed:
-        return h, cross
-    a = torch.cholesky_solve(h + cross, lower)
-    moved = (whole - part) @ a
-    seen = a.T @ moved
-    return h + (seen + seen.T) / 2, cross + moved - seen
 
 
 def _tokens(x: Tensor) -> Float[Tensor, "tokens in"]:
@@ -374,6 +327,7 @@ def propagate(
     weights: Mapping[int, Weights],
     layers: Mapping[str, nn.Module],
     goal: Float[Tensor, "_ length hidden"],
+    world: World = ALONE,
 ) -> dict[int, float]:
     """Replace every stream's hidden states by the block's outputs, in place. Returns ||y_r - y||^2 / ||y||^2 of each width, if y is not 0.
 
@@ -390,6 +344,7 @@ def propagate(
                 power += wanted.double().square().sum().item()
                 error += (output - wanted).double().square().sum().item()
                 hidden[sample] = output
+            power, error = world.total(power), world.total(error)
             if power > 0:
                 errors[width] = error / power
     return errors

@@ -27,6 +27,7 @@ from matquant.plan import Shape
 from matquant.recipe import ORIGINAL, Recipe
 from matquant.report import LayerReport
 from matquant.weight import NestedWeight
+from matquant.world import ALONE, World
 
 
 @runtime_checkable  # shape checkers ask isinstance
@@ -48,7 +49,10 @@ class Silent:
 
 @dataclass(frozen=True)
 class BlockRun:
-    """One pass over the blocks of `source`. folder: where the block files go. streams_on_disk: keep activations there too, mapped."""
+    """One pass over the blocks of `source`. folder: where the block files go. streams_on_disk: keep activations there too, mapped.
+
+    Of several processes, each sends its share of the sequences through the blocks, and the first writes.
+    """
 
     source: models.Source
     layers: models.Layers
@@ -58,6 +62,7 @@ class BlockRun:
     dtype: torch.dtype
     follow: Progress
     streams_on_disk: bool = False
+    world: World = ALONE
 
     @property
     def calibrated(self) -> bool:
@@ -101,8 +106,9 @@ class BlockRun:
         streams: dict[int, Tensor] = {}
         if self.calibrated:
             models.materialize_around(self.source, prefix, self.device, self.dtype)
-            calls, hidden = activations.record(self.source.model, blocks, train, self.device)
-            passed = dict.fromkeys(self.recipe.stream_widths, hidden[: self.recipe.passed(len(hidden))])
+            calls, hidden = activations.record(self.source.model, blocks, train[self.world.rank :: self.world.size], self.device)
+            first = self.world.count(max(self.recipe.passed(len(train)), self.world.size))
+            passed = dict.fromkeys(self.recipe.stream_widths, hidden[:first])
             streams = {width: activations.like(own, self._stream_file(width)) for width, own in {ORIGINAL: hidden, **passed}.items()}
         for index, block in enumerate(blocks[: todo[-1] + 1]):
             self.follow("quantizing", index, len(blocks))
@@ -110,7 +116,8 @@ class BlockRun:
             if index:
                 models.materialize(self.source, block, name, self.device, self.dtype)
             call = calls[index] if calls else None
-            run = BlockState(block, name, self.layers.of_block(index), call, streams, self.recipe, self._stream_file("original-inputs"))
+            copy = self._stream_file("original-inputs")
+            run = BlockState(block, name, self.layers.of_block(index), call, streams, self.recipe, copy, self.world)
             if index in todo:
                 results = run.quantize(self._tell)
                 run.others = {key: value.to(self.source.tensors[f"{name}.{key}"].dtype).to(value.dtype) for key, value in run.others.items()}
@@ -128,6 +135,8 @@ class BlockRun:
 
     def save(self, index: int, results: Results, output: Mapping[int, float], others: Mapping[str, Tensor] | None = None) -> None:
         """Write a block's file. others: parameters, by their names in the model, that take the place of the source's. Raises as `save_whole`."""
+        if not self.world.first:
+            return
         tensors = {key: value.to(self.source.tensors[key].dtype).cpu() for key, value in (others or {}).items()}
         tensors |= {key: value.cpu() for layer, (weight, _) in results.items() for key, value in module_tensors(layer, weight).items()}
         rows = [_layer_to_json(report) for _, report in results.values()]
@@ -137,7 +146,7 @@ class BlockRun:
         """Where a stream lies if it is kept on disk; whatever was there before belongs to a killed run."""
         if not self.streams_on_disk:
             return None
-        file = self.folder / f"stream-{width}.bin"
+        file = self.folder / f"stream-{width}{f'-{self.world.rank}' if self.world.rank else ''}.bin"
         file.unlink(missing_ok=True)
         return file
 

@@ -21,6 +21,7 @@ from matquant.repair import repair
 from matquant.report import LayerReport
 from matquant.residual import fit_residual
 from matquant.weight import NestedWeight, Refit
+from matquant.world import ALONE, World, union
 
 Results = dict[str, tuple[NestedWeight, LayerReport]]
 
@@ -30,8 +31,8 @@ class BlockState:
     """One block, and for every stream the weights that its layers have in it so far: the original ones until they are quantized.
 
     prefix: the block's name in the model. names: its layers to quantize, full names. streams: hidden states by width, and the
-    original's, which go through the block first; empty if the recipe looks at no activations. copy_file: where to keep a copy of the
-    original's inputs, if not in memory.
+    original's, which go through the block first; empty if the recipe looks at no activations; of several processes, each has its share.
+    copy_file: where to keep a copy of the original's inputs, if not in memory.
     """
 
     block: nn.Module
@@ -41,6 +42,7 @@ class BlockState:
     streams: dict[int, Tensor]
     recipe: Recipe
     copy_file: Path | None = None
+    world: World = ALONE
     layers: dict[str, nn.Module] = field(init=False)
     weights: dict[int, dict[str, Tensor]] = field(init=False)
     stages: list[list[list[str]]] = field(init=False)
@@ -65,21 +67,26 @@ class BlockState:
         results: Results = {}
         for stage in self.stages:
             inputs = self._inputs([members[0] for members in stage])
-            for members in stage:
-                weights = {name: self._original(name) for name in members}
-                known = inputs.get(members[0])
-                for name, (weight, report) in quantize_group(weights, known or self._unknown(weights), self.recipe).items():
-                    if known is None and self.call is not None:
-                        report = replace(report, notes=("no token reached it: its inputs count as equally strong", *report.notes))
-                    results[name] = weight, report
-                    self.put(name, weight)
-                    if not self._refined:
-                        tell(report)
+            own = [self._group(members, inputs.get(members[0])) for members in stage[self.world.rank :: self.world.size]]
+            for name, (weight, report) in union(self.world.gather(union(own))).items():
+                results[name] = weight, report
+                self.put(name, weight)
+                if not self._refined:
+                    tell(report)
         if self._refined:
             results = self._learn(results) if self.recipe.method == "omniquant" else self._refine(results)
             for _, report in results.values():
                 tell(report)
         return {name: results[name] for name in self.names}
+
+    def _group(self, members: list[str], known: Inputs | None) -> Results:
+        """Layers that share their inputs."""
+        weights = {name: self._original(name) for name in members}
+        found = quantize_group(weights, known or self._unknown(weights), self.recipe)
+        if known is not None or self.call is None:
+            return found
+        words = "no token reached it: its inputs count as equally strong"
+        return {name: (weight, replace(report, notes=(words, *report.notes))) for name, (weight, report) in found.items()}
 
     @property
     def _refined(self) -> bool:
@@ -92,11 +99,12 @@ class BlockState:
             return
         hidden, first = self.streams[ORIGINAL], min(map(len, self.streams.values()))
         activations.place(self.layers, self.weights[ORIGINAL])
-        self.stages = activations.stages(self.block, self.call, hidden, self.layers)
+        self.stages = self.world.same(activations.stages(self.block, self.call, hidden, self.layers))
         if self.recipe.asymmetric_calibration > 0 or self._refined:
             self.original = activations.like(hidden[:first], self.copy_file)
         leaders = [members[0] for stage in self.stages for members in stage] if ORIGINAL in self._used else []
-        self.seen = activations.pass_original(self.block, self.call, hidden, self.weights[ORIGINAL], self.layers, leaders, first)
+        some = first if self.world.total(len(hidden) - first) else None
+        self.seen = activations.pass_original(self.block, self.call, hidden, self.weights[ORIGINAL], self.layers, leaders, some, self.world)
         self.passed = True
 
     @property
@@ -117,7 +125,7 @@ class BlockState:
         layers = {self._local(name): layer for name, layer in self.layers.items()}
         goal, dtype = self.streams[ORIGINAL][: len(self.original)], getattr(torch, recipe.refine_dtype)
         together = self.call.takes_many(self.block, self.original)
-        return Trainer(self.block, self.call, layers, streams, goal, together, dtype, recipe.relative_tokens)
+        return Trainer(self.block, self.call, layers, streams, goal, together, dtype, recipe.relative_tokens, self.world)
 
     def _learn(self, results: Results) -> Results:
         """Learn the ranges of all layers, and what their inputs' makers can take over (omniquant.py). Errors are of the weights that it ends with."""
@@ -149,7 +157,7 @@ class BlockState:
                 fitted = fit_below(stacked, w, inputs.get(members[0]) or self._unknown({"": w}), recipe, planes)
                 ends = torch.tensor([0, *(len(weights[local[name]].codes) for name in members)]).cumsum(0).tolist()
                 found |= {local[name]: _rows(fitted, slice(start, end)) for name, start, end in zip(members, ends, ends[1:], strict=False)}
-            return found
+            return self.world.same(found)
 
         weights = {local[name]: weight for name, (weight, _) in results.items()}
         refined = refine(trainer, weights, below, recipe)
@@ -173,7 +181,7 @@ class BlockState:
         for name, value in self.others.items():
             self.block.get_parameter(name).data = value
         narrow = {width: hidden for width, hidden in self.streams.items() if width != ORIGINAL}
-        return activations.propagate(self.block, self.call, narrow, self.weights, self.layers, self.streams[ORIGINAL])
+        return activations.propagate(self.block, self.call, narrow, self.weights, self.layers, self.streams[ORIGINAL], self.world)
 
     @property
     def _used(self) -> set[int]:
@@ -185,7 +193,7 @@ class BlockState:
             return {}
         narrow = {width: hidden for width, hidden in self.streams.items() if width in self._used - {ORIGINAL}}
         original = self.original if self.recipe.asymmetric_calibration > 0 else None
-        return activations.statistics(self.block, self.call, narrow, self.weights, self.layers, leaders, self.seen, original)
+        return activations.statistics(self.block, self.call, narrow, self.weights, self.layers, leaders, self.seen, original, self.world)
 
     def _original(self, name: str) -> Tensor:
         activations.place(self.layers, {name: self.weights[ORIGINAL][name]})

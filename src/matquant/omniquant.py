@@ -192,7 +192,7 @@ class Learner:
         """groups: layers that share their inputs. Deterministic for `recipe.seed`."""
         recipe, trainer = self.recipe, self.trainer
         hidden = trainer.streams[max(recipe.targets)][:1]
-        folds = find_folds(trainer.block, trainer.call, hidden, trainer.layers, groups) if recipe.transform else []
+        folds = trainer.world.same(find_folds(trainer.block, trainer.call, hidden, trainer.layers, groups) if recipe.transform else [])
         device = next(iter(self.weights.values())).device
         clippings = {name: Clipping(start, self.weights[name], recipe.layout.refit_widths) for name, start in self.starts.items()}
         transforms = {fold: Transform(self.weights[fold.consumers[0]].shape[1], fold.shift, device) for fold in folds}
@@ -204,7 +204,8 @@ class Learner:
             rows, others = self._parameters(transforms)
             found = {name: clipping.frozen(rows[name]) for name, clipping in clippings.items()}
             reads = lambda r: {f"{n}.weight": models.held_as(trainer.layers[n], w.read(r).dense()) for n, w in found.items()}  # noqa: E731
-            after = {r: sum(trainer.loss_with({**reads(r), **others}, r, [sample]).item() for sample in held) for r in recipe.targets}
+            losses = {r: sum(trainer.loss_with({**reads(r), **others}, r, [sample]).item() for sample in held) for r in recipe.targets}
+            after = {r: trainer.world.total(loss) for r, loss in losses.items()}
         change = {r: after[r] / before[r] if before[r] > 0 else 1.0 for r in before}
         told = ", ".join(f"{bits} bits {value:.3f}" for bits, value in change.items())
         lam = self._lam(before)
@@ -230,7 +231,8 @@ class Learner:
         """False if a loss was not finite."""
         recipe, trainer = self.recipe, self.trainer
         samples, _ = split(len(trainer.goal))
-        count = min(max(recipe.refine_tokens // trainer.goal.shape[1], 1), len(samples))
+        count = min(max(recipe.refine_tokens // (trainer.goal.shape[1] * trainer.world.size), 1), len(samples))
+        steps = min(trainer.world.gather(-(-len(samples) // count)))
         groups = [
             {"params": [p for c in clippings.values() for p in (c.gamma, c.beta)], "lr": recipe.clip_rate},
             {"params": [p for c in clippings.values() for p in c.reads.parameters()], "lr": recipe.finetune_rate},
@@ -240,10 +242,13 @@ class Learner:
         generator = torch.Generator().manual_seed(recipe.seed)
         for _ in range(recipe.epochs):
             order = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
-            for start in range(0, len(order), count):
-                for bits, lam in self._lam(before).items():
-                    if not self._backward(clippings, transforms, bits, lam, order[start : start + count]):
-                        return False
+            for step in range(steps):
+                chosen = order[step * count : (step + 1) * count]
+                finite = [self._backward(clippings, transforms, bits, lam, chosen) for bits, lam in self._lam(before).items()]
+                if trainer.world.total(not all(finite)):
+                    return False
+                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                    parameter.grad = trainer.world.sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
                 optimizer.step()
                 optimizer.zero_grad()
         return True

@@ -35,6 +35,7 @@ from matquant.activations import Call
 from matquant.latent import Latent
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight
+from matquant.world import ALONE, World
 
 HIGH = 4  # bits of the high nibble, whose planes are trained
 HELD_OUT = 8  # one sequence in so many is held out
@@ -50,7 +51,7 @@ class Trainer:
     """One block in training. layers: name in the block -> its module. streams: width -> inputs; goal: the original's outputs.
 
     together: whether one call may hold several sequences. dtype: what the block computes in while it is trained. relative: whether a
-    token's error counts as a share of its power.
+    token's error counts as a share of its power. Each of several processes has sequences of its own; losses and gradients are of all.
     """
 
     block: nn.Module
@@ -61,6 +62,7 @@ class Trainer:
     together: bool = True
     dtype: torch.dtype = torch.float32
     relative: bool = True
+    world: World = ALONE
 
     def loss(self, weights: Mapping[str, Tensor], bits: int, samples: Sequence[int]) -> Tensor:
         """Squared error of the block's output, summed over the tokens of some sequences; float32. weights: by layer name."""
@@ -80,7 +82,7 @@ class Trainer:
         """The same of weights as they are read, without gradients, a sequence at a time."""
         reads = self.weights_of({name: weight.read(bits).dense() for name, weight in weights.items()})
         with torch.no_grad():
-            return sum(self.loss(reads, bits, [sample]).item() for sample in samples)
+            return self.world.total(sum(self.loss(reads, bits, [sample]).item() for sample in samples))
 
     def weights_of(self, reads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Dense weights as the modules hold them."""
@@ -98,8 +100,8 @@ class Trainer:
                     if grad is not None:  # an expert that no token reached has none
                         running += grad
                 total += loss.item()
-        rows = {name: models.as_rows(self.layers[name], running) for name, running in zip(leaves, sums, strict=True)}
-        return total, {name: latent.gradients(rows[name], bits) for name, latent in latents.items()}
+        rows = {name: models.as_rows(self.layers[name], self.world.sum(running)) for name, running in zip(leaves, sums, strict=True)}
+        return self.world.total(total), {name: latent.gradients(rows[name], bits) for name, latent in latents.items()}
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class _Attempt:
             return weights
         optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-30)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / recipe.refine_steps)
-        for chosen in _draws(split(len(self.trainer.goal))[0], self.trainer.goal.shape[1], recipe):
+        for chosen in _draws(split(len(self.trainer.goal))[0], self.trainer.goal.shape[1] * self.trainer.world.size, recipe):
             loss, gradients = self.trainer.step(latents, bits, chosen)
             if not loss < float("inf") or not all(part.isfinite().all() for parts in gradients.values() for part in parts):
                 return None
@@ -209,7 +211,7 @@ class _Attempt:
 
 
 def _draws(samples: list[int], length: int, recipe: Recipe) -> list[list[int]]:
-    """The sequences of every step: as many as hold `refine_tokens`, at least one."""
+    """The sequences of every step: as many as hold `refine_tokens`, at least one. length: tokens of a sequence of every process."""
     generator = torch.Generator().manual_seed(recipe.seed)
     count = min(max(recipe.refine_tokens // length, 1), len(samples))
     return [[samples[i] for i in torch.randperm(len(samples), generator=generator)[:count].tolist()] for _ in range(recipe.refine_steps)]
