@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import SCHEDULE, fit_of, stream
+from training import SCHEDULE, codes, fit_of, stream
 
 from matquant.errors import InputError, RecipeError
 from matquant.losses import next_token
@@ -102,6 +102,10 @@ def test_two_processes_have_the_losses_of_one(kind: str, plain: Path, tmp_path: 
     whole = subprocess.run([*command, *script], check=False, capture_output=True, text=True, env=environment)
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert torch.allclose(torch.tensor(losses(tmp_path)), torch.tensor(losses(plain)), rtol=1e-3)
+    one = fit_of(tmp_path / "one")
+    one.run()
+    for rank in (0, 1):
+        assert (torch.load(tmp_path / f"codes-{rank}.pt") != codes(one)).float().mean() < 2e-3
     want = rows(tmp_path)
     again = subprocess.run([*command, *script], check=False, capture_output=True, text=True, env=environment)  # from the state after step 4
     assert again.returncode == 0, again.stderr[-3000:]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from matquant.codes import Grid, fit_grid, nearest_code
 from matquant.joint import Joint
-from matquant.train import Fit, Schedule, Trained, processes
+from matquant.train import Fit, Means, Schedule, Trained, whole
 from matquant.trainable import TrainedLinear
 from matquant.weight import NestedWeight
 
@@ -54,13 +54,22 @@ def fit_of(folder: Path, schedule: Schedule = SCHEDULE, accelerator: Accelerator
     joint = replace(Joint(layers, {8: 0.1, 4: 0.1, 2: 1.0}, {2: 8}), **{k: v for k, v in changes.items() if hasattr(Joint, k)})
     others = {k: v for k, v in changes.items() if not hasattr(Joint, k)}
     group = {"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-2, "weight_decay": 0.0}
-    run = Fit(model, [group], joint, stream, schedule, folder, accelerator or processes(torch.device("cpu")))
+    run = Fit(model, [group], joint, stream, schedule, folder, folder / "log.jsonl", accelerator or means(folder).accelerator())
     return replace(run, **others)
+
+
+def means(folder: Path) -> Means:
+    return Means(torch.device("cpu"), torch.float32, folder, folder)
+
+
+def codes(run: Fit) -> Tensor:
+    """What the weights of all layers round to."""
+    return torch.cat([whole(layer).frozen().codes.flatten() for layer in run.joint.layers.values()])  # pyright: ignore
 
 
 def main() -> None:
     folder, kind = Path(sys.argv[1]), sys.argv[2]
-    accelerator = processes(torch.device("cpu"))
+    accelerator = means(folder).accelerator()
     if kind == "fsdp":  # accelerate offers it on GPUs only; torch has it on CPUs as well
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -75,6 +84,8 @@ def main() -> None:
     assert run.run() == Trained(SCHEDULE.steps, "")
     sharded = {type(p).__name__ for p in run.model.parameters()} == {"DTensor"}
     assert sharded is (kind == "fsdp")
+    torch.save(codes(run), folder / f"codes-{accelerator.process_index}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

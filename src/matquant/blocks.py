@@ -98,7 +98,7 @@ class BlockRun:
         """Make the file of every block that has no sound one. train: Int[Tensor, "samples length"], tokens to calibrate on."""
         prefix, blocks = models.find_blocks(self.source.model)
         files = self.files
-        todo = [index for index, file in enumerate(files) if not self._finished(index, file)]
+        todo = self.world.same([index for index, file in enumerate(files) if not self._finished(index, file)])
         if not todo:
             return
         models.materialize(self.source, blocks[0], f"{prefix}.0", self.device, self.dtype)
@@ -131,6 +131,7 @@ class BlockRun:
                 run.others = {key.removeprefix(name + "."): stored[key] for key in stored if not key.startswith(of_layers) or key.endswith(".bias")}
                 run.advance()
             models.release(block)
+        self.world.wait()  # until the last file is there
         self.follow("quantizing", len(blocks), len(blocks))
 
     def save(self, index: int, results: Results, output: Mapping[int, float], others: Mapping[str, Tensor] | None = None) -> None:

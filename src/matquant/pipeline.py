@@ -6,6 +6,9 @@ blocks from their files and only sends the activations through them again; these
 number of threads, so the blocks that follow are too.
 
 Calibration activations pass through blocks that are quantized already, one stream for each width that has its own.
+
+Several processes (`accelerate launch -m matquant quantize ...`) share the calibration sequences and the steps of a training; the first of
+them reads texts, writes and measures.
 """
 
 import json
@@ -26,9 +29,9 @@ from matquant import models, overflow, texts
 from matquant.blocks import BlockRun, Progress, Silent, is_whole, save_whole
 from matquant.card import base_license, model_card
 from matquant.checkpoint import Checkpoint, add_files, quantization_config, write, writing_error
-from matquant.checkpoint.files import MANIFEST, PICKLES, replace_whole, safe_name, sha256_file
+from matquant.checkpoint.files import PICKLES, replace_whole, safe_name, sha256_file
 from matquant.corpus import Stream
-from matquant.errors import InputError, MatquantError, RecipeError, ResourceError, ResumeError, choices
+from matquant.errors import InputError, RecipeError, ResourceError, ResumeError, choices
 from matquant.estimate import Estimate, estimate_cost
 from matquant.evaluate import Protocol as Measured
 from matquant.evaluate import check_fits, evaluate
@@ -37,7 +40,10 @@ from matquant.qat import Training
 from matquant.recipe import Recipe
 from matquant.report import Report
 from matquant.rotate import rotated
+from matquant.train import Means, check_trackers
 from matquant.tuning import Tuning, changes, tuned_files
+from matquant.working import FINISHED, check_output, claim, clean_up, only_to_clean, saved_report
+from matquant.world import ALONE, World
 
 COPIED = (
     "tokenizer*",
@@ -52,7 +58,7 @@ COPIED = (
 
 IDENTIFYING = (".json", ".jinja", ".md", ".model", ".py", ".txt")  # small files of a model that the result depends on
 DTYPES = ("float32", "bfloat16", "float16")
-FINISHED = "finished"  # in the working folder: all that is left to do is to rename and to clean up
+WINDOWS, LOGS = "windows.safetensors", "logs"  # in the working folder
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class RunOptions:
     """How and where to run, which the result does not depend on but for rounding (device, dtype).
 
     dtype: of weights and activations while calibrating. eval_text: what to report on, instead of held-out calibration text.
-    streams_on_disk: keep activations in files of the working folder.
+    streams_on_disk: keep activations in files of the working folder. gradient_checkpointing: of end-to-end training, where it saves memory.
+    track: who follows it besides the log (train.TRACKERS), in the folder OUT.logs.
     """
 
     device: str = "cpu"
@@ -72,6 +79,8 @@ class RunOptions:
     overwrite: bool = False
     eval_text: Path | None = None
     streams_on_disk: bool = False
+    gradient_checkpointing: bool = False
+    track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -80,26 +89,29 @@ class RunOptions:
             torch.device(self.device)
         except RuntimeError:
             raise RecipeError(f"device is {self.device!r}; give cpu, cuda or cuda:N") from None
+        check_trackers(self.track)
 
 
 def quantize(model: str, out: Path, recipe: Recipe, options: RunOptions, progress: Progress | None = None) -> Report:
     """Quantize `model` (a folder or hub id) into the new folder `out`. Raises MatquantError; leaves OUT.partial to resume from."""
-    follow = progress or Silent()
+    world = World.join(torch.device(options.device))
+    follow = progress if progress is not None and world.first else Silent()
     if out.name in ("", ".."):
         raise InputError(f"the output {out} has no name of its own; give the folder to make, for instance {out / 'matquant'}")
     work = out.with_name(out.name + ".partial")
-    if options.resume and _only_to_clean(out, work, options):
-        _clean_up(work)
-        return _saved_report(out)
-    _check_output(out, work, options)
+    if world.once(lambda: options.resume and only_to_clean(out, work, options.overwrite)):
+        world.once(lambda: clean_up(work))
+        return saved_report(out)
+    world.once(lambda: check_output(out, work, options.resume, options.overwrite))
     source = _source(model, recipe, options)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out} holds the model itself, which --overwrite would delete; choose another output folder")
     layers = models.find_layers(source.model, recipe)
-    run = _Run(source, layers, recipe, options, work, follow)
+    run = _Run(source, layers, recipe, options, work, follow, world)
     run.check_length()
     with _named_errors(work, "choose another output folder"):
-        _claim(work, _identity(source, recipe, options), recipe, options)
+        identity = _identity(source, recipe, options) | {"processes": world.size}
+        world.once(lambda: claim(work, identity, recipe, options.resume, options.overwrite))
     for name, reason in layers.skipped:
         follow.line(f"skipped {name}: {reason}")
     if source.note:
@@ -108,7 +120,7 @@ def quantize(model: str, out: Path, recipe: Recipe, options: RunOptions, progres
         with _named_errors(work, "continue with --resume afterwards"):
             return run.finish(out)
     except InputError:
-        if not any((work / "blocks").glob("*.safetensors")):  # nothing is lost that took long to make
+        if world.first and not any((work / "blocks").glob("*.safetensors")):  # nothing is lost that took long to make
             shutil.rmtree(work, ignore_errors=True)
         raise
 
@@ -121,24 +133,6 @@ def _named_errors(work: Path, advice: str) -> Iterator[None]:
         raise writing_error(error, work, advice) from None
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(f"out of memory ({str(error)[:100]}); use a smaller --num-samples or a machine with more, and --resume") from None
-
-
-# --- the working folder ---------------------------------------------------------------------------------------------
-
-
-def _check_output(out: Path, work: Path, options: RunOptions) -> None:
-    if os.path.lexists(out) and not options.overwrite:
-        raise InputError(f"{out} exists already; choose another output folder, or replace it with --overwrite")
-    if os.path.lexists(out) and not (out / MANIFEST).exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(
-            f"{out} is no finished checkpoint, and --overwrite deletes nothing else; choose another output folder, or delete it yourself"
-        )
-    if work.exists() and not (options.resume or options.overwrite):
-        raise InputError(f"{work} holds an interrupted run; continue it with --resume, or start over with --overwrite")
-    if options.resume and not work.exists():
-        raise ResumeError(f"nothing to resume: there is no {work}; start without --resume")
-    if not out.parent.is_dir():
-        raise InputError(f"there is no folder {out.parent} to put {out.name} into; create it first")
 
 
 def _source(model: str, recipe: Recipe, options: RunOptions) -> models.Source:
@@ -161,57 +155,6 @@ def _identity(source: models.Source, recipe: Recipe, options: RunOptions) -> dic
     }
 
 
-def _claim(work: Path, identity: dict[str, Any], recipe: Recipe, options: RunOptions) -> None:
-    """Make the working folder, or take over the one of an equal run. Raises ResumeError with the differences."""
-    if options.overwrite and not options.resume:
-        shutil.rmtree(work, ignore_errors=True)
-    record = {"identity": identity, "recipe": recipe.to_dict()}
-    if options.resume and (work / "run.json").exists():
-        if changed := _differences(work / "run.json", identity, recipe):
-            raise ResumeError(f"{work} is a run with other settings ({'; '.join(changed)}); use the same, or start over with --overwrite")
-        return
-    shutil.rmtree(work, ignore_errors=True)  # killed before it knew what it was
-    (work / "blocks").mkdir(parents=True)
-    replace_whole(work / "run.json", json.dumps(record, indent=1).encode())
-
-
-def _differences(path: Path, identity: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Lines `name: then -> now`. Raises ResumeError if the record is damaged or of another version."""
-    try:
-        before = json.loads(path.read_bytes())
-        then: dict[str, Any] = dict(before["identity"])
-        changed = Recipe.from_dict(before["recipe"]).differences(recipe)
-    except (ValueError, KeyError, TypeError, MatquantError):
-        raise ResumeError(f"{path} is damaged or of another version of matquant; start over with --overwrite") from None
-    names = dict.fromkeys([*then, *identity])
-    return changed + [f"{name}: {then.get(name)} -> {identity.get(name)}" for name in names if then.get(name) != identity.get(name)]
-
-
-def _only_to_clean(out: Path, work: Path, options: RunOptions) -> bool:
-    """Whether a run was killed after its last rename."""
-    if (work / FINISHED).exists():
-        return not (work / "checkpoint").exists()
-    # The very last step removes an empty folder. The very first makes one, but then no output is there, unless to be overwritten.
-    return not options.overwrite and (out / MANIFEST).exists() and work.is_dir() and not any(work.iterdir())
-
-
-def _clean_up(work: Path) -> None:
-    """Delete the working folder, the mark that the run is finished last."""
-    for path in work.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != FINISHED:
-            path.unlink()
-    shutil.rmtree(work)
-
-
-def _saved_report(folder: Path) -> Report:
-    try:
-        return Report.from_dict(json.loads((folder / "report.json").read_bytes()), str(folder / "report.json"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {folder / 'report.json'} ({error}); run matquant verify {folder}") from None
-
-
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -223,10 +166,11 @@ class _Run:
     options: RunOptions
     work: Path
     follow: Progress
+    world: World = ALONE
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.options.device)
+        return self.world.place(torch.device(self.options.device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -242,7 +186,8 @@ class _Run:
         return self._blocks(self._folder("trained")) if self.recipe.method == "qat" else self.blocks
 
     def _blocks(self, where: Path) -> BlockRun:
-        return BlockRun(self.source, self.layers, self.recipe, where, self.device, self.dtype, self.follow, self.options.streams_on_disk)
+        on_disk = self.options.streams_on_disk
+        return BlockRun(self.source, self.layers, self.recipe, where, self.device, self.dtype, self.follow, on_disk, self.world)
 
     @property
     def _looks_at_text(self) -> bool:
@@ -257,12 +202,19 @@ class _Run:
     def finish(self, out: Path) -> Report:
         """Do what is left to do."""
         checkpoint = self.work / "checkpoint"
+        self.world.once(self._choose)
         train, held, protocol = self._windows()
-        if not checkpoint.exists():
-            self._write(checkpoint, train)
+        if self.blocks.calibrated and len(train) < self.world.size:
+            raise InputError(f"{len(train)} sequences do not go round among {self.world.size} processes; start fewer, or give more --num-samples")
+        if not self.world.same(checkpoint.exists()):
+            self._make(checkpoint, train)
+        return self.world.once(lambda: self._measure(checkpoint, out, held, protocol))
+
+    def _measure(self, checkpoint: Path, out: Path, held: Tensor | None, protocol: Measured | None) -> Report:
+        """Add the report, and rename."""
         manifest = Checkpoint.open(checkpoint).manifest
         if manifest is not None and "report.json" in manifest.files:  # killed before the last rename
-            report = _saved_report(checkpoint)
+            report = saved_report(checkpoint)
         else:
             report = self._report(checkpoint, held, protocol)
             add_files(checkpoint, self._report_files(report))
@@ -271,21 +223,25 @@ class _Run:
             os.rename(out, self.work / "replaced")
         replace_whole(self.work / FINISHED, b"")
         os.rename(checkpoint, out)
-        _clean_up(self.work)
+        clean_up(self.work)
         return report
 
-    def _write(self, checkpoint: Path, train: Tensor) -> None:
+    def _make(self, checkpoint: Path, train: Tensor) -> None:
+        """Quantize, train and tune, and write what came of it."""
         base = [name for name in models.own_tensors(self.source.model) if name.removesuffix(".weight") not in self.layers.quantized]
         stored = self._expanded(base)
-        files, config = self._files(), self._config() | ({} if stored is None else {"dtype": str(stored).removeprefix("torch.")})
+        config = self._config() | ({} if stored is None else {"dtype": str(stored).removeprefix("torch.")})
         self.blocks.quantize(train)
         if self.recipe.method == "qat":
             self._train(train)
         if self.recipe.finetune_reads:
             self._tune(train)
+        self.world.once(lambda: self._write(checkpoint, base, stored, config))
+
+    def _write(self, checkpoint: Path, base: list[str], stored: torch.dtype | None, config: dict[str, Any]) -> None:
         self.follow("writing", 0, 1)
         chosen = (models.SafetensorsFiles(made) for made in (self._tuned, self.chosen.files))  # of two tensors with one name the first counts
-        write(checkpoint, ChainMap(*chosen, models.Subset(self.source.tensors, base, stored)), config, files)
+        write(checkpoint, ChainMap(*chosen, models.Subset(self.source.tensors, base, stored)), config, self._files())
         self.follow("writing", 1, 1)
 
     @property
@@ -296,12 +252,17 @@ class _Run:
         where = self._folder("tuning")
         weights = {name: self.chosen.weight(name) for name in self.layers.quantized}
         held, stream = self._training_text(train)
-        Tuning(self._source, self._dense, weights, self.recipe, where, self.device, self.dtype, held, stream, self.follow).run()
+        Tuning(self._source, self._dense, weights, self.recipe, where, self._means, held, stream, self.follow).run()
 
     def _train(self, train: Tensor) -> None:
         _, stream = self._training_text(train)
         where, start, result = self._folder("training"), self.blocks, self.chosen
-        Training(self._source, self._dense, start, result, self.recipe, where, self.device, self.dtype, stream, self.follow).run()
+        Training(self._source, self._dense, start, result, self.recipe, where, self._means, stream, self.follow).run()
+
+    @property
+    def _means(self) -> Means:
+        options, tracks = self.options, self.work.with_name(self.work.name.removesuffix(".partial") + ".logs")
+        return Means(self.device, self.dtype, self.work / LOGS, tracks, options.gradient_checkpointing, options.track, self.world)
 
     def _training_text(self, train: Tensor) -> tuple[Tensor, Stream]:
         reported = 0 if self.options.eval_text is not None else self.recipe.eval_samples
@@ -312,7 +273,7 @@ class _Run:
         return _source(self.source.name, self.recipe, self.options)
 
     def _folder(self, name: str) -> Path:
-        (self.work / name).mkdir(exist_ok=True)
+        (self.work / name).mkdir(exist_ok=True)  # of all processes, whichever comes first
         return self.work / name
 
     def _report_files(self, report: Report) -> dict[str, bytes]:
@@ -322,13 +283,14 @@ class _Run:
         if report.rows and not plot:
             self.follow.line("no plot: it needs matplotlib (pip install 'matquant[plot]')")
         card = model_card(report, base_license(self.source.folder), files)
+        files |= {log.name: log.read_bytes() for log in sorted((self.work / LOGS).glob("*.jsonl"))}
         return files | {"report.json": report.to_json(), "README.md": card.encode()}
 
     # --- tokens -----------------------------------------------------------------------------------------------------
 
-    def _windows(self) -> tuple[Tensor, Tensor | None, Measured | None]:
-        """(calibration windows, held-out windows, how they are measured); made once and kept for a resumed run."""
-        path = self.work / "windows.safetensors"
+    def _choose(self) -> None:
+        """Make the file of the sequences, once; it is kept for a resumed run."""
+        path = self.work / WINDOWS
         if not path.exists():
             count = self.recipe.num_samples if self._looks_at_text else 0
             chosen = texts.choose(self.source, self.recipe, count, self.options.eval_text, self._dense, self.follow)
@@ -340,6 +302,10 @@ class _Run:
             save_whole(path, {"train": chosen.train, "held": chosen.held}, {"bos": json.dumps(chosen.leads), "text": chosen.words})
         if not is_whole(path):
             raise ResumeError(f"{path} is damaged; start over with --overwrite")
+
+    def _windows(self) -> tuple[Tensor, Tensor | None, Measured | None]:
+        """(calibration windows, held-out windows, how they are measured)."""
+        path = self.work / WINDOWS
         saved = models.SafetensorsFiles([path])
         notes = saved.metadata(path)
         held = saved["held"]

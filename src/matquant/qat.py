@@ -25,14 +25,14 @@ from matquant.evaluate import logits_of
 from matquant.joint import Joint
 from matquant.recipe import ORIGINAL, Recipe
 from matquant.report import LayerReport
-from matquant.train import Fit, Schedule, processes
+from matquant.train import Fit, Means, Schedule, recompute_blocks, whole
 from matquant.trainable import TrainedLinear
 from matquant.tuning import CLIP, SAVES, SLICE, OpenSource
 
 
 @dataclass(frozen=True)
 class Training:
-    """start: the grids to start from, finished. result: where the trained blocks go. folder: for the log and the states."""
+    """start: the grids to start from, finished. result: where the trained blocks go. folder: for the states."""
 
     open_source: OpenSource
     load_original: Any
@@ -40,18 +40,18 @@ class Training:
     result: BlockRun
     recipe: Recipe
     folder: Path
-    device: torch.device
-    dtype: torch.dtype
+    means: Means
     stream: Stream
     follow: Progress
 
     def run(self) -> None:
         """Make the files of `result`, all of them or none. Raises InputError where training ended before its first step."""
-        if all(file.exists() and is_whole(file) for file in self.result.files):
+        means = self.means
+        if means.world.same(all(file.exists() and is_whole(file) for file in self.result.files)):
             return
         source = self.open_source()
         model = source.model
-        models.materialize(source, model, "", self.device, self.dtype)
+        models.materialize(source, model, "", means.device, means.dtype)
         model.tie_weights()
         model.requires_grad_(False).eval()
         layers: dict[str, TrainedLinear] = {}
@@ -59,8 +59,10 @@ class Training:
             module = model.get_submodule(name)
             grid = self.start.weight(name)
             widths = self.recipe.layout.refit_widths
-            layers[name] = TrainedLinear(models.get_weight(module), grid, widths, self.recipe.learn_scales, module.bias).to(self.device)
+            layers[name] = TrainedLinear(models.get_weight(module), grid, widths, self.recipe.learn_scales, module.bias).to(means.device)
             model.set_submodule(name, layers[name])
+        if means.recompute:
+            recompute_blocks(models.find_blocks(model)[1])
         trained = self._fit(model, layers).run()
         if trained.stopped:
             self.follow.line(f"note: training ended early: {trained.stopped}")
@@ -68,8 +70,12 @@ class Training:
             raise InputError(f"training ended before its first step: {trained.stopped}; try a smaller --learning-rate, or --train-dtype float32")
         for index in range(self.result.layers.count):
             names = self.result.layers.of_block(index)
+            for name in names:
+                whole(layers[name])
             self.result.save(index, {name: (layers[name].frozen(), self._report(name, layers[name])) for name in names}, {})
-        shutil.rmtree(self.folder, ignore_errors=True)
+        means.world.wait()
+        if means.world.first:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _fit(self, model: nn.Module, layers: dict[str, TrainedLinear]) -> Fit:
         recipe = self.recipe
@@ -77,7 +83,7 @@ class Training:
         original = self.load_original() if ORIGINAL in recipe.teachers.values() else None
 
         def teach(ids: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            with torch.autocast(self.means.device.type, dtype, enabled=dtype != torch.float32):
                 return logits_of(original)(ids)
 
         joint = Joint(
@@ -98,8 +104,8 @@ class Training:
         scales = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad and p is not layer.weight]
         groups = [weights, *([{"params": scales, "lr": recipe.finetune_rate, "weight_decay": 0.0}] if scales else [])]
         follow = lambda done, of, words: self.follow("training", done, of)  # noqa: E731
-        balance = recipe.balance_gradients
-        return Fit(model, groups, joint, self.stream, schedule, self.folder, processes(self.device), dtype, balance, follow)
+        balance, log = recipe.balance_gradients, self.means.logs / "training.jsonl"
+        return Fit(model, groups, joint, self.stream, schedule, self.folder, log, self.means.accelerator(), dtype, balance, follow=follow)
 
     def _report(self, name: str, layer: TrainedLinear) -> LayerReport:
         """Errors are those of the trained weights' reads: how far each width is from what the weights became."""

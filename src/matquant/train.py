@@ -9,6 +9,7 @@ Nothing is saved but the last state. A step whose gradients are not finite is no
 those of the last good step.
 """
 
+import importlib.util
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,21 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from matquant.corpus import Stream
-from matquant.errors import InputError, RecipeError
+from matquant.errors import InputError, RecipeError, choices
 from matquant.joint import Joint
 from matquant.recipe import Decay
+from matquant.world import ALONE, World
 
 BETAS = (0.9, 0.95)
 STATE = "state"
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 BALANCED_EVERY = 50  # steps between two looks at the gradients of single widths
 KEPT = 0.5  # of the former norms at each such look
+TRACKERS = ("tensorboard", "trackio")
 
 
 @dataclass(frozen=True)
@@ -71,19 +77,60 @@ class Trained:
     stopped: str
 
 
-def processes(device: torch.device, trackers: Sequence[str] = ()) -> Accelerator:
-    """This process among those that `accelerate launch` or torchrun started, or alone. trackers: tensorboard, trackio, ..."""
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a width's read takes no part in the pass of another
-    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused], log_with=list(trackers) or None)
+@dataclass(frozen=True)
+class Means:
+    """How to train, which the result does not depend on but for rounding.
+
+    dtype: of the model's weights that are not trained. recompute: make a block's activations anew in its backward pass instead of keeping
+    them. trackers: of TRACKERS, that follow the losses too; tracks: where they write. logs: where the losses go, a JSON line a step.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    logs: Path
+    tracks: Path
+    recompute: bool = False
+    trackers: tuple[str, ...] = ()
+    world: World = ALONE
+
+    def accelerator(self) -> Accelerator:
+        """This process among those of the run."""
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a width's read takes no part in the pass of another
+        named: Any = list(self.trackers) or None
+        return Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[unused], log_with=named, project_dir=self.tracks)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises RecipeError for one that is unknown or not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise RecipeError(f"cannot track with {name!r}; {choices(name, TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(f"{name} is not installed; pip install {name}, or leave --track out: the losses are logged as JSON anyway")
+
+
+def recompute_blocks(blocks: nn.ModuleList) -> None:
+    """Let each block keep its inputs alone for the backward pass."""
+    for block in blocks:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+
+
+def whole(module: nn.Module) -> nn.Module:
+    """The module itself with its parameters whole, wherever they were; called in every process, once it is trained."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                setattr(part, name, nn.Parameter(parameter.full_tensor().detach(), requires_grad=False))
+    return module
 
 
 @dataclass
 class Fit:
-    """One training. groups: what AdamW takes. sequences: a new stream from its start. folder: for the log and the state.
+    """One training. groups: what AdamW takes. sequences: a new stream from its start. folder: for the state. log: the file of the losses.
 
-    dtype: what products are made in. follow: called with (steps done, of how many, words on the loss).
+    dtype: what products are made in. name: what trackers call it. follow: called with (steps done, of how many, words on the loss).
     """
 
     model: nn.Module
@@ -92,9 +139,11 @@ class Fit:
     sequences: Stream
     schedule: Schedule
     folder: Path
+    log: Path
     accelerator: Accelerator
     dtype: torch.dtype = torch.float32
     balance: bool = False
+    name: str = "training"
     follow: Callable[[int, int, str], None] = lambda done, of, words: None
     prepared: nn.Module = field(init=False)  # the model as accelerate wraps it
     optimizer: Any = field(init=False)
@@ -105,10 +154,19 @@ class Fit:
         world = self.accelerator.num_processes
         if self.schedule.batch % world:
             raise RecipeError(f"a batch of {self.schedule.batch} sequences does not divide among {world} processes; use a multiple of {world}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for place in (self.folder, self.log.parent):
+            place.mkdir(parents=True, exist_ok=True)
+        self.accelerator.init_trackers(self.name)
         optimizer = torch.optim.AdamW([dict(group) for group in self.groups], betas=BETAS)
         rates = [group["lr"] for group in optimizer.param_groups]
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        done = self._steps(rates)
+        for tracker in self.accelerator.trackers:  # end_training would end all processes' group too, which the run still needs
+            tracker.finish()
+        return done
+
+    def _steps(self, rates: Sequence[float]) -> Trained:
+        """All that are left."""
         first = self._resume()
         for step, ids in enumerate(self._batches(first), first):
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -181,7 +239,7 @@ class Fit:
         self.accelerator.log({f"loss/{bits}": value for bits, value in values.items()} | {"norm": norm, "rate": rate}, step)
         if self.accelerator.is_main_process:
             row = {"step": step, "loss": values, "norm": norm, "rate": rate, "weights": {str(r): w for r, w in self.joint.weights.items()}}
-            with (self.folder / "log.jsonl").open("a") as file:
+            with self.log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         self.follow(step + 1, self.schedule.steps, "  ".join(f"{bits}: {value:.4g}" for bits, value in values.items()))
 
@@ -210,9 +268,9 @@ class Fit:
     def _resume(self) -> int:
         """Load the last state. Returns how many steps it had made; 0 if there is none."""
         state = next((self.folder / name for name in (STATE, STATE + ".old") if (self.folder / name / "progress.json").exists()), None)
-        log = self.folder / "log.jsonl"
         if state is None:
-            log.unlink(missing_ok=True)
+            if self.accelerator.is_main_process:
+                self.log.unlink(missing_ok=True)
             return 0
         progress = json.loads((state / "progress.json").read_bytes())
         held = self._state()
@@ -221,9 +279,9 @@ class Fit:
         parameters, moments = held["parameters"], held["moments"]
         set_state_dict(self.prepared, self.optimizer, model_state_dict=parameters, optim_state_dict=moments, options=OPTIONS)
         self.joint.norms = {int(bits): norm for bits, norm in progress["norms"].items()}
-        if self.accelerator.is_main_process and log.exists():
-            rows = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] < progress["done"]]
-            log.write_text("".join(line + "\n" for line in rows))
+        if self.accelerator.is_main_process and self.log.exists():
+            rows = [line for line in self.log.read_text().splitlines() if line and json.loads(line)["step"] < progress["done"]]
+            self.log.write_text("".join(line + "\n" for line in rows))
         self.accelerator.wait_for_everyone()
         return progress["done"]
 

@@ -26,7 +26,7 @@ from matquant.corpus import Stream
 from matquant.evaluate import logits_of, measure
 from matquant.joint import Joint
 from matquant.recipe import ORIGINAL, Recipe
-from matquant.train import Fit, Schedule, processes
+from matquant.train import Fit, Means, Schedule, recompute_blocks, whole
 from matquant.trainable import TunedLinear, read_at
 from matquant.weight import NestedWeight
 
@@ -50,8 +50,7 @@ class Tuning:
     weights: Mapping[str, NestedWeight]
     recipe: Recipe
     folder: Path
-    device: torch.device
-    dtype: torch.dtype
+    means: Means
     held: Int[Tensor, "samples length"]
     stream: Stream
     follow: Progress
@@ -62,36 +61,40 @@ class Tuning:
 
     def run(self) -> None:
         """Make the file of every width that has none."""
-        todo = [bits for bits, file in self.files.items() if not (file.exists() and is_whole(file))]
+        todo = self.means.world.same([bits for bits, file in self.files.items() if not (file.exists() and is_whole(file))])
         if not todo:
             return
         original = self.load_original()
-        model, layers = student(self.open_source(), self.weights, self.recipe.layout.refit_widths, self.device, self.dtype)
         for bits in todo:
-            self._tune(bits, model, layers, original)
+            self._tune(bits, original)
 
-    def _tune(self, bits: int, model: nn.Module, layers: Mapping[str, TunedLinear], original: Any) -> None:
+    def _tune(self, bits: int, original: Any) -> None:
+        model, layers = student(self.open_source(), self.weights, self.recipe.layout.refit_widths, self.means.device, self.means.dtype)
+        if self.means.recompute:
+            recompute_blocks(models.find_blocks(model)[1])
         reads = [layer.reads for layer in layers.values()]
         own = [part[str(bits)] for read in reads for part in (read.m, read.v)]
         for part in own:
             part.requires_grad_(True)
-        start = [part.detach().clone() for part in own]
+        start = [{name: part.detach().clone() for name, part in read.state_dict().items()} for read in reads]
         before = self._kl(model, layers, bits, original)
         trained = self._fit(bits, model, layers, own, original).run()
         after = self._kl(model, layers, bits, original)
+        for read in reads:
+            whole(read)
         if trained.stopped:
             self.follow.line(f"note: tuning of {bits} bits ended early: {trained.stopped}")
         if not after < before:
             self.follow.line(f"note: {bits} bits keep their reads: KL on sequences held out is {before:.4g}, and tuned {after:.4g}")
             after = before
-            for part, was in zip(own, start, strict=True):
-                part.data.copy_(was)
-        for part in own:
-            part.requires_grad_(False)
+            for read, was in zip(reads, start, strict=True):
+                read.load_state_dict(was)
         refits = {name: layer.reads.refits()[bits] for name, layer in layers.items()}
         tensors = {f"{name}.{kind}.{bits}": getattr(fit, kind).cpu() for name, fit in refits.items() for kind in ("scale", "zero")}
-        save_whole(self.files[bits], tensors, {"kl": json.dumps([before, after])})
-        shutil.rmtree(self._states(bits), ignore_errors=True)
+        if self.means.world.first:
+            save_whole(self.files[bits], tensors, {"kl": json.dumps([before, after])})
+            shutil.rmtree(self._states(bits), ignore_errors=True)
+        self.means.world.wait()
 
     def _states(self, bits: int) -> Path:
         return self.folder / f"training-{bits}"
@@ -101,7 +104,7 @@ class Tuning:
         dtype = getattr(torch, recipe.train_dtype)
 
         def teach(ids: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            with torch.autocast(self.means.device.type, dtype, enabled=dtype != torch.float32):
                 return logits_of(original)(ids)
 
         batch = max(recipe.batch_tokens // recipe.seq_len, 1)
@@ -110,13 +113,15 @@ class Tuning:
         group = {"params": parameters, "lr": recipe.finetune_rate, "weight_decay": 0.0}
         joint = Joint(layers, {bits: 1.0}, {bits: ORIGINAL}, truth=False, original=teach)
         follow = lambda done, of, words: self.follow(f"tuning {bits} bits", done, of)  # noqa: E731
-        return Fit(model, [group], joint, self.stream, schedule, self._states(bits), processes(self.device), dtype, follow=follow)
+        name, accelerator = f"tuning-{bits}", self.means.accelerator()
+        log = self.means.logs / f"{name}.jsonl"
+        return Fit(model, [group], joint, self.stream, schedule, self._states(bits), log, accelerator, dtype, name=name, follow=follow)
 
     def _kl(self, model: nn.Module, layers: Mapping[str, nn.Module], bits: int, original: Any) -> float:
         """To the original, on the sequences held out."""
         found = measure(logits_of(model), logits_of(original), self.held, [(str(bits), lambda: read_at(layers, bits))])[1].kl
         assert found is not None
-        return found
+        return self.means.world.same(found)
 
 
 def tuned_files(folder: Path, recipe: Recipe) -> list[Path]:

@@ -4,13 +4,15 @@ All processes of a run go the same way; whatever these methods give is the same 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+from matquant.errors import MatquantError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # the others wait while one measures or writes; a process that dies is the launcher's to notice
@@ -74,6 +76,25 @@ class World:
         if self.size > 1:
             distributed.broadcast_object_list(values, src=0)
         return values[0]
+
+    def once(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the first process, which alone does it. Raises in every process what it raises there."""
+        outcome: Any = None
+        failed = None
+        if self.first:
+            try:
+                outcome = work()
+            except MatquantError as error:
+                failed = error
+        outcome, failed = self.same((outcome, failed))
+        if failed is not None:
+            raise failed
+        return outcome
+
+    def leave(self) -> None:
+        """At the very end of all."""
+        if self.size > 1:
+            distributed.destroy_process_group()
 
 
 ALONE = World()

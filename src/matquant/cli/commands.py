@@ -34,21 +34,36 @@ def quantize(
     trust_remote_code: bool = REMOTE,
     dry_run: bool = typer.Option(False, "--dry-run", help="print layers, bytes, time and memory; write nothing"),
     resume: bool = typer.Option(False, "--resume", help="continue an interrupted run of the same recipe"),
+    gradient_checkpointing: bool = typer.Option(
+        False, "--gradient-checkpointing", help="of end-to-end training: compute activations twice instead of keeping them; saves memory"
+    ),
+    track: list[str] = typer.Option(
+        [], "--track", metavar="NAME", help="follow trainings in OUT.logs with tensorboard or trackio", show_default=False
+    ),
     streams_on_disk: bool = typer.Option(False, "--streams-on-disk", help="keep calibration activations in a file beside the output; saves memory"),
     overwrite: bool = typer.Option(False, "--overwrite", help="replace the output folder; start an interrupted run over, unless --resume"),
     eval_text: Path | None = typer.Option(None, metavar="FILE", help="text for the report instead of held-out calibration text", show_default=False),
     as_json: bool = JSON,
 ) -> None:
     """Quantize a model once into one nested checkpoint."""
+    import torch
+
     from matquant import pipeline
     from matquant.cli import run, show
+    from matquant.world import World
 
     run.prepare(device, dtype)
-    options = pipeline.RunOptions(device, dtype, gguf_file, revision, trust_remote_code, resume, overwrite, eval_text, streams_on_disk)
+    saving = {"streams_on_disk": streams_on_disk, "gradient_checkpointing": gradient_checkpointing}
+    options = pipeline.RunOptions(device, dtype, gguf_file, revision, trust_remote_code, resume, overwrite, eval_text, **saving, track=tuple(track))
     if dry_run:
         return show.estimate(pipeline.estimate(model, recipe, options), as_json)
+    world = World.join(torch.device(device))
+    if not world.first:
+        pipeline.quantize(model, output, recipe, options)
+        return world.leave()
     with show.Progress() as progress:
         report = pipeline.quantize(model, output, recipe, options, progress)
+    world.leave()
     show.report(report, output, progress.summary(), as_json)
 
 
