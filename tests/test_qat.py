@@ -1,5 +1,6 @@
 """Quantization-aware training from the command's point of view."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,45 @@ def test_interrupted_and_resumed(tiny: Tiny, qat: Recipe, tmp_path: Path, monkey
     quantize(str(tiny("llama")), out, taught, RESUME, follow)
     assert sums(out) == sums(tmp_path / "whole") and not partial(out).exists()
     assert min(done for stage, done, _ in follow.stages if stage == "training") == 7
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_activations_made_twice_change_nothing(kind: str, tiny: Tiny, qat: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = replace(qat, train_tokens=BATCH * 3, teachers={2: 3}, finetune_reads=BATCH, eval_samples=0)
+    quantize(str(tiny(kind)), tmp_path / "kept", short, RunOptions())
+    calls: list[Any] = []
+    original = train.recomputed
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train, "recomputed", counted)
+    quantize(str(tiny(kind)), tmp_path / "twice", short, RunOptions(gradient_checkpointing=True))
+    assert calls and sums(tmp_path / "twice") == sums(tmp_path / "kept")
+
+
+def test_losses_are_logged_and_tracked(tiny: Tiny, qat: Recipe, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    short = replace(qat, train_tokens=BATCH * 3, finetune_reads=BATCH * 2, eval_samples=0)
+    quantize(str(tiny("llama")), tmp_path / "out", short, RunOptions(track=("tensorboard",)))
+    for name, widths, steps in (("training", "32", 3), ("tuning-3", "3", 2), ("tuning-2", "2", 2)):
+        rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(steps)) and all(set(row["loss"]) == set(widths) for row in rows)
+        events = EventAccumulator(str(tmp_path / "out.logs" / name))
+        events.Reload()
+        for width in widths:
+            tracked = [event.value for event in events.Scalars(f"loss/{width}")]
+            assert tracked == pytest.approx([row["loss"][width] for row in rows])
+
+
+def test_trackers_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"cannot track with 'tensorbord'; choose from tensorboard, trackio \(did you mean tensorboard\?\)"):
+        RunOptions(track=("tensorbord",))
+    monkeypatch.setattr(train, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
+    with pytest.raises(RecipeError, match="trackio is not installed; pip install trackio, or leave --track out"):
+        RunOptions(track=("trackio",))
 
 
 def test_random_widths(tiny: Tiny, qat: Recipe, tmp_path: Path) -> None:

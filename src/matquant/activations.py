@@ -284,6 +284,11 @@ def statistics(
                     if every and name in originals and originals[name].shape == x.shape:
                         add(c, (name, width), originals[name] - x, x)
     h, c = (of_all(moments, world, next(block.parameters()).device) for moments in (h, c))
+    return _inputs(leaders, list(streams), h, c, seen)
+
+
+def _inputs(leaders: Sequence[str], streams: Sequence[int], h: Mapping[Any, Moments], c: Mapping[Any, Moments], seen: Seen) -> dict[str, Inputs]:
+    """From moments by (leader, width); those of fewer sequences than the original's corrected by what these say of all."""
     widths = [*([ORIGINAL] if seen.whole else []), *streams]
     found: dict[str, Inputs] = {}
     for name in leaders:
