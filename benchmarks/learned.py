@@ -9,10 +9,11 @@ reads tuned. A variant and seed that is already in the output file is not run ag
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,8 @@ VARIANTS = {
     "qat-random": Variant("MatQuant, QAT, a random width a layer", QAT | {"targets": LAMBDA, "random_width": True}),
     "qat-ours": Variant("QAT with floor slicing, reads of their own, taught by the original", OURS | {"method": "qat", "teachers": dict.fromkeys((8, 4, 3, 2), 0)}),
     "omniquant-ours": Variant("OmniQuant with floor slicing and reads of their own", OURS | {"method": "omniquant"}),
-    "nested": Variant("ours, without gradients", OURS),
-    "nested-tuned": Variant("ours, without gradients, reads tuned", OURS | {"finetune_reads": 1}),
-    "block": Variant("ours, block refinement", OURS | {"method": "block"}),
-    "block-tuned": Variant("ours, block refinement, reads tuned", OURS | {"method": "block", "finetune_reads": 1}),
+    "nested-tuned": Variant("ours, without gradients", OURS | {"finetune_reads": 1}),
+    "block-tuned": Variant("ours, block refinement", OURS | {"method": "block", "finetune_reads": 1}),
 }  # fmt: skip
 
 
@@ -88,24 +87,45 @@ def recipes(variant: Variant, common: dict[str, Any], tokens: int) -> list[Recip
 def run(
     recipe: Recipe, model: tuple[str, str | None], original: Any, texts: dict[str, torch.Tensor], dtype: str, device: str
 ) -> list[dict[str, Any]]:
-    """Rows {text, bits, bits_per_weight, perplexity, kl, top1, seconds}."""
+    """Rows {text, bits, tuned, bits_per_weight, perplexity, kl, top1, overflow, seconds}; where reads are tuned, of the reads before that too."""
+    options = RunOptions(gguf_file=model[1], device=device, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
-        out, started = Path(folder) / "out", time.perf_counter()
-        quantize(model[0], out, recipe, RunOptions(gguf_file=model[1], device=device, dtype=dtype), Lines())
-        seconds = round(time.perf_counter() - started, 1)
+        out, plain, started = Path(folder) / "out", Path(folder) / "plain", time.perf_counter()
+        follow = Lines(out, plain if recipe.finetune_reads else None)
+        report = quantize(model[0], out, recipe, options, follow)
+        finished = time.perf_counter()
+        made = [(out, bool(recipe.finetune_reads), round(finished - started, 1))]
+        if recipe.finetune_reads:
+            quantize(model[0], plain, replace(recipe, finetune_reads=0), replace(options, resume=True), follow)
+            made.insert(0, (plain, False, round((follow.tuning_at or finished) - started, 1)))
         rows = []
-        for text, sequences in texts.items():
-            plans = {str(r): BitPlan(r) for r in recipe.bits}
-            for row in evaluate(out, plans, sequences, original, dtype=dtype, device_map=device)[1:]:
-                numbers = {"perplexity": row.perplexity, "kl": row.kl, "top1": row.top1, "bits_per_weight": row.bits_per_weight}
-                rows.append({"text": text, "bits": int(row.bits or 0), **numbers, "seconds": seconds})
+        for checkpoint, tuned, seconds in made:
+            for text, sequences in texts.items():
+                plans = {str(r): BitPlan(r) for r in recipe.bits}
+                for row in evaluate(checkpoint, plans, sequences, original, dtype=dtype, device_map=device)[1:]:
+                    numbers = {"perplexity": row.perplexity, "kl": row.kl, "top1": row.top1, "bits_per_weight": row.bits_per_weight}
+                    overflow = report.overflow.get(int(row.bits or 0))
+                    rows.append({"text": text, "bits": int(row.bits or 0), "tuned": tuned, **numbers, "overflow": overflow, "seconds": seconds})
     return rows
 
 
+@dataclass
 class Lines:
-    """Progress that prints what is told."""
+    """Progress that prints what is told. plain: where to keep the run as it is before its reads are tuned, if wanted."""
 
-    def __call__(self, stage: str, done: int, of: int) -> None: ...
+    out: Path
+    plain: Path | None
+    tuning_at: float | None = None
+
+    def __call__(self, stage: str, done: int, of: int) -> None:
+        if not stage.startswith("tuning") or self.plain is None or self.tuning_at is not None:
+            return
+        self.tuning_at = time.perf_counter()
+        partial = self.plain.with_name(self.plain.name + ".partial")
+        shutil.copytree(self.out.with_name(self.out.name + ".partial"), partial, ignore=shutil.ignore_patterns("tuning", "logs"))
+        record = json.loads((partial / "run.json").read_text())
+        record["recipe"]["finetune_reads"] = 0  # the same run, which ends here
+        (partial / "run.json").write_text(json.dumps(record))
 
     def line(self, text: str) -> None:
         if text.startswith("note: "):

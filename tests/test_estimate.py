@@ -56,6 +56,11 @@ def test_more_work_costs_more(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> No
     gptq, text = Recipe(group_size=16, seq_len=64), replace(Recipe(group_size=16, seq_len=64, eval_samples=0), calibration="a.txt")
     assert of(gptq).seconds > of(replace(gptq, clip_search=False)).seconds > of(replace(gptq, clip_search=False, method="minmax")).seconds
     assert of(gptq).seconds > of(replace(gptq, eval_samples=0)).seconds > of(text).seconds
+    for method in ("block", "omniquant", "qat"):
+        assert of(replace(gptq, method=method)).seconds > of(replace(gptq, method="minmax")).seconds
+        assert of(replace(gptq, method=method, finetune_reads=100_000)).seconds > of(replace(gptq, method=method)).seconds
+    qat = replace(gptq, method="qat")
+    assert of(replace(qat, teachers={2: 0})).seconds > of(qat).seconds > of(replace(qat, random_width=True)).seconds
     assert of(replace(gptq, num_samples=64)).memory_bytes > of(gptq).memory_bytes > of(text).memory_bytes
     assert of(text, "mixtral").memory_bytes > of(text).memory_bytes
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from matquant.codes import CodeChooser
 from matquant.models import Layers, Source, own_tensors
-from matquant.recipe import Recipe
+from matquant.recipe import ORIGINAL, Recipe
+from matquant.refine import HIGH
 
 TOUCHES_PER_CANDIDATE = 8  # elementwise passes over [rows, candidates] in CodeChooser.choose, and about as many for the feedback
 CLIP_TOUCHES = 21 * 4 * 8  # shrinks x targets x passes in clip.joint_cost
@@ -81,7 +82,20 @@ def _seconds(layers: Layers, recipe: Recipe, weights: int) -> float:
     sampling = 8 * weights * recipe.seq_len if recipe.calibration == "self" else 0  # bound by memory: far from matmul speed
     measuring = (1 + len(recipe.bits)) * recipe.eval_samples * recipe.seq_len * weights
     touches = weights * (2**chooser.prefix_bits * TOUCHES_PER_CANDIDATE + (CLIP_TOUCHES if recipe.clip_search else 0))
-    return (passes + sampling + measuring) * multiply + (touches if recipe.method == "gptq" else 0) * touch
+    trained = weights * trained_tokens(recipe)
+    return (passes + sampling + measuring + trained) * multiply + (touches if recipe.method in ("gptq", "block") else 0) * touch
+
+
+def trained_tokens(recipe: Recipe) -> int:
+    """Passes of all trainings, in tokens that go forward once: a backward pass is two, and a teacher's pass one more."""
+    reads = recipe.layout.refit_widths
+    widths = 1 if recipe.random_width else len(recipe.targets)
+    of_method = {
+        "block": 3 * recipe.refine_steps * max(recipe.refine_tokens, recipe.seq_len) * sum(r <= HIGH for r in (*recipe.targets, *reads)),
+        "omniquant": 3 * recipe.epochs * recipe.num_samples * recipe.seq_len * len(recipe.targets),
+        "qat": recipe.train_tokens * (3 * widths + (ORIGINAL in recipe.teachers.values())),
+    }
+    return of_method.get(recipe.method, 0) + 4 * recipe.finetune_reads * len(reads)
 
 
 def _speed() -> tuple[float, float]:
