@@ -462,4 +462,5 @@ def test_flags_of_a_run_have_the_library_s_defaults() -> None:
     from matquant.pipeline import RunOptions
 
     parameters = inspect.signature(cli.commands.quantize).parameters
-    assert {field.name: parameters[field.name].default.default for field in fields(RunOptions)} == vars(RunOptions())
+    defaults = {field.name: parameters[field.name].default.default for field in fields(RunOptions)}
+    assert {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()} == vars(RunOptions())

@@ -118,7 +118,7 @@ def interrupted(tiny: Tiny, recipe: Recipe, tmp_path: Path) -> Iterator[Path]:
         (pipeline, "write", 1),
         (pipeline, "evaluate", 1),
         (pipeline, "add_files", 1),
-        (pipeline, "_clean_up", 1),
+        (pipeline, "clean_up", 1),
     ],
 )
 def test_interrupted_and_resumed(
@@ -138,7 +138,7 @@ def test_measured_once(tiny: Tiny, recipe: Recipe, tmp_path: Path, monkeypatch: 
     """Measured again with the report in the folder, the bytes to fetch would be others."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_at(pipeline, "replace_whole", 2, patch)
+        crash_at(pipeline, "replace_whole", 1, patch)
         quantize(str(tiny("llama")), out, recipe, RunOptions())
     assert (partial(out) / "checkpoint" / "report.json").exists()
     monkeypatch.setattr(pipeline, "evaluate", lambda *args, **kwargs: pytest.fail("measured again"))
