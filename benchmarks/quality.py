@@ -13,9 +13,9 @@ import copy
 import gc
 import json
 import platform
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -127,17 +127,21 @@ class Bench:
 
         self.perplexity = {text: measure(forward, remember, held, [], None)[0].perplexity for text, held in texts.items()}
 
-    def run(self, recipe: Recipe, train: torch.Tensor) -> list[dict[str, Any]]:
-        """Rows {text, bits, refit, bits_per_weight, perplexity, kl, top1, quantize_seconds} of one recipe."""
+    def run(self, recipe: Recipe, train: torch.Tensor, folder: Path) -> list[dict[str, Any]]:
+        """Rows {text, bits, refit, bits_per_weight, perplexity, kl, top1, quantize_seconds} of one recipe.
+
+        folder: for finished blocks, from which a run that was killed goes on; its seconds are then null.
+        """
         source = rotated(models.open_source(*self.source), recipe)
         dense = turned(self.dense, source) if recipe.rotate else self.dense
         layers = models.find_layers(source.model, recipe)
-        with tempfile.TemporaryDirectory() as folder:
-            run = BlockRun(source, layers, recipe, Path(folder), torch.device("cpu"), torch.float32, Silent())
-            started = time.perf_counter()
-            run.quantize(train)
-            seconds = round(time.perf_counter() - started, 1)
-            weights = {name: run.weight(name) for name in layers.quantized}
+        folder.mkdir(parents=True, exist_ok=True)
+        resumed = any(folder.iterdir())
+        run = BlockRun(source, layers, recipe, folder, torch.device("cpu"), torch.float32, Silent())
+        started = time.perf_counter()
+        run.quantize(train)
+        seconds = None if resumed else round(time.perf_counter() - started, 1)
+        weights = {name: run.weight(name) for name in layers.quantized}
         del source
         gc.collect()
         count = sum(shape.weights for shape in layers.quantized.values())
@@ -159,6 +163,7 @@ class Bench:
             found = measure(self._forward(dense, state), self._reference, held, settings, None)[1:]
             rows += [{**label, "perplexity": q.perplexity, "kl": q.kl, "top1": q.top1} for label, q in zip(labels, found, strict=True)]
         swap(dense, originals)
+        shutil.rmtree(folder)
         return rows
 
     def _forward(self, dense: Any, state: dict[str, Any]) -> Any:
@@ -256,7 +261,7 @@ def main() -> None:
                 continue
             rows = []
             for recipe in recipes(variant, {"group_size": options.group_size}):
-                rows += bench.run(recipe, train)
+                rows += bench.run(recipe, train, options.out.with_suffix(".work") / f"{name}-{seed}-{recipe.hash[:12]}")
                 print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-7:]], flush=True)
             run = {"words": variant.words, "command": command(), "machine": machine(), "settings": variant.settings, "rows": rows}
             written = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}  # another process may have added to it
