@@ -1,0 +1,51 @@
+// Any machine. What the vector versions must equal.
+#include <cstring>
+
+#include "half.h"
+#include "linear.inl"
+
+namespace {
+
+struct Scalar {
+    static constexpr int L = 8, BYTES = 32;
+    struct I { uint8_t v[BYTES]; };
+    struct F { float v[L]; };
+    struct Wide { int32_t v[L]; };
+    using Acc = Wide;
+
+    static I load(const uint8_t *p) { I r; std::memcpy(r.v, p, BYTES); return r; }
+    static I byte(int c) { I r; std::memset(r.v, c, BYTES); return r; }
+    static I and_(I a, I b) { for (int i = 0; i < BYTES; ++i) a.v[i] &= b.v[i]; return a; }
+    static I or_(I a, I b) { for (int i = 0; i < BYTES; ++i) a.v[i] |= b.v[i]; return a; }
+    template <int N> static I shr(I a) { for (int i = 0; i < BYTES; ++i) a.v[i] = uint8_t(a.v[i] >> N); return a; }
+    template <int N> static I shl(I a) { for (int i = 0; i < BYTES; ++i) a.v[i] = uint8_t(a.v[i] << N); return a; }
+
+    struct Four { int8_t v[4]; };
+    static Four broadcast(const int8_t *p) { Four r; std::memcpy(r.v, p, 4); return r; }
+    static Wide wide_zero() { return Wide{}; }
+    static Acc acc_zero() { return Acc{}; }
+    static Acc dot(Acc a, I u, Four s) {
+        for (int i = 0; i < L; ++i)
+            for (int k = 0; k < 4; ++k) a.v[i] += int32_t(u.v[4 * i + k]) * s.v[k];
+        return a;
+    }
+    static Wide widen(Wide t, Acc a) { for (int i = 0; i < L; ++i) t.v[i] += a.v[i]; return t; }
+    static F to_float(Wide t) { F r; for (int i = 0; i < L; ++i) r.v[i] = float(t.v[i]); return r; }
+
+    static F set(float c) { F r; for (float &v : r.v) v = c; return r; }
+    static F load_float(const float *p) { F r; std::memcpy(r.v, p, sizeof r.v); return r; }
+    static F load_half(const uint16_t *p) { F r; for (int i = 0; i < L; ++i) r.v[i] = half_to_float(p[i]); return r; }
+    static F load_bytes(const uint8_t *p) { F r; for (int i = 0; i < L; ++i) r.v[i] = p[i]; return r; }
+    static F byte_to_float(I a, int k) { F r; for (int i = 0; i < L; ++i) r.v[i] = a.v[4 * i + k]; return r; }
+    static F add(F a, F b) { for (int i = 0; i < L; ++i) a.v[i] += b.v[i]; return a; }
+    static F sub(F a, F b) { for (int i = 0; i < L; ++i) a.v[i] -= b.v[i]; return a; }
+    static F mul(F a, F b) { for (int i = 0; i < L; ++i) a.v[i] *= b.v[i]; return a; }
+    static F fma(F a, F b, F c) { for (int i = 0; i < L; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]); return c; }
+    static void store(float *p, F a) { std::memcpy(p, a.v, sizeof a.v); }
+};
+
+}  // namespace
+
+void linear_tiles_scalar(const mq_weight &w, int bits, const Inputs &x, const float *bias, float *y, int64_t first, int64_t last) {
+    linear_tiles<Scalar>(w, bits, x, bias, y, first, last);
+}

@@ -1,0 +1,134 @@
+// Random weights of random shapes through every instruction set at hand, against plain loops in double precision.
+//
+//     fuzz ROUNDS [SEED]
+//
+// Built with sanitizers by tests/test_cpu.py, and for other processors by hand. Arrays are exactly as long as the layout says.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "half.h"
+#include "layout.h"
+
+namespace {
+
+using Bytes = std::vector<uint8_t>;
+std::mt19937_64 random_bits;
+
+int64_t between(int64_t low, int64_t high) { return low + int64_t(random_bits() % uint64_t(high - low + 1)); }
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+Bytes bytes(int64_t n, int low, int high) {
+    Bytes b(static_cast<size_t>(n));
+    for (uint8_t &v : b) v = uint8_t(between(low, high));
+    return b;
+}
+
+// One weight and all that it points to.
+struct Weight {
+    mq_weight w{};
+    Bytes codes, zero, k, u;
+    std::vector<uint16_t> half;
+    std::vector<std::unique_ptr<uint8_t[]>> arrays;
+
+    uint8_t *array(int64_t n) {
+        arrays.emplace_back(new uint8_t[size_t(n)]);
+        return arrays.back().get();
+    }
+
+    const uint8_t *rows(const void *from, int64_t width) {
+        uint8_t *to = array(w.tiles * w.groups * w.lanes * width);
+        mq_pack_rows(&w, from, to, width);
+        return to;
+    }
+
+    Weight(const char *isa, int64_t out, int64_t group, int64_t groups, int64_t parent_bits, bool symmetric, bool overlap, int64_t refit) {
+        const int64_t lanes = mq_lanes(isa), top = (int64_t(1) << parent_bits) - 1;
+        w.out = out, w.in = group * groups, w.group = group, w.groups = groups, w.padded = (group + 31) / 32 * 32;
+        w.lanes = lanes, w.tiles = (out + lanes - 1) / lanes, w.parent_bits = parent_bits, w.overlap = overlap, w.half = 1;
+        codes = bytes(out * w.in, 0, int(top)), zero = bytes(out * groups, 0, int(top)), k = bytes(out * groups, 1, 255), u = bytes(out * groups, 0, 255);
+        for (int64_t i = 0; i < out * groups; ++i) half.push_back(uint16_t(between(0x1000, 0x2400)));
+        const int64_t vectors = w.tiles * groups * w.padded / 16 * 4 * lanes;
+        for (int i : {0, 2, 3}) w.pair[i] = array(vectors);
+        for (int i : {0, 1}) w.single[i] = array(vectors / 2);
+        mq_pack(&w, codes.data(), between(1, 3));
+        w.scale = rows(half.data(), 2);
+        if (!symmetric) w.zero = rows(zero.data(), 1);
+        if (refit) w.k[refit] = rows(k.data(), 1), w.u[refit] = rows(u.data(), 1);
+    }
+
+    // w_r as docs/FORMAT.md defines it.
+    double value(int64_t o, int64_t i, int64_t bits) const {
+        const int64_t c = w.parent_bits, d = c - bits, g = i / w.group, q = codes[size_t(o * w.in + i)];
+        const double s = half_to_float(half[size_t(o * w.groups + g)]), one = double(int64_t(1) << d), mid = double((int64_t(1) << c) - 1) / 2;
+        double p = double(q >> d), step = one, shift = (one - 1) / 2;
+        if (w.overlap && bits > 4) p = double((8 >> d) * (q >> 4) + ((q & 15) >> d)), step = 2 * one, shift = 2 * ((one - 1) / 2 - 7.5) + 7.5;
+        if (!w.k[bits]) return s * (step * p + shift - (w.zero ? double(zero[size_t(o * w.groups + g)]) : double(int64_t(1) << (c - 1))));
+        const double m = k[size_t(o * w.groups + g)] / 128.0, moved = u[size_t(o * w.groups + g)] * std::pow(2.0, double(c - 8));
+        return s * (m * (step * p + shift - mid) + mid - moved);
+    }
+};
+
+// The inputs as the kernels round them.
+std::vector<double> rounded(const Weight &weight, const std::vector<float> &x, int64_t m) {
+    const mq_weight &w = weight.w;
+    const int64_t block = w.padded % 64 ? 32 : 64;
+    std::vector<double> r(x.size());
+    for (int64_t row = 0; row < m; ++row)
+        for (int64_t g = 0; g < w.groups; ++g)
+            for (int64_t start = 0; start < w.group; start += block) {
+                const int64_t at = row * w.in + g * w.group + start, end = std::min(start + block, w.group);
+                float largest = 0;
+                for (int64_t i = 0; i < end - start; ++i) largest = std::max(largest, std::fabs(x[size_t(at + i)]));
+                for (int64_t i = 0; i < end - start; ++i)
+                    r[size_t(at + i)] = largest > 0 ? double(largest / 127) * std::lrintf(x[size_t(at + i)] * (127 / largest)) : 0;
+            }
+    return r;
+}
+
+int check(const char *isa) {
+    const int64_t parent_bits = between(2, 8), bits = between(2, parent_bits);
+    const bool overlap = parent_bits == 8 && between(0, 3) == 0, exact = between(0, 1) != 0;
+    const Weight weight(isa, between(1, 40), between(1, 150), between(1, 4), parent_bits, between(0, 1) != 0, overlap, between(0, 1) ? bits : 0);
+    const mq_weight &w = weight.w;
+    const int64_t m = between(1, 9);
+    std::vector<float> x(size_t(m * w.in)), bias(size_t(w.out)), y(size_t(m * w.out));
+    const float size = std::ldexp(1.0f, int(between(-20, 20)));
+    for (float &v : x) v = between(0, 9) ? normal() * size : 0;
+    for (float &v : bias) v = normal() * size;
+    const bool biased = between(0, 1) != 0;
+    if (mq_linear(&w, bits, x.data(), m, biased ? bias.data() : nullptr, y.data(), exact, between(1, 3), isa)) return std::printf("%s refused\n", isa), 1;
+    const std::vector<double> r = exact ? std::vector<double>(x.begin(), x.end()) : rounded(weight, x, m);
+    for (int64_t row = 0; row < m; ++row)
+        for (int64_t o = 0; o < w.out; ++o) {
+            double want = biased ? bias[size_t(o)] : 0, whole = std::fabs(want);
+            for (int64_t i = 0; i < w.in; ++i) {
+                const double term = weight.value(o, i, bits) * r[size_t(row * w.in + i)];
+                want += term, whole += std::fabs(term) + std::fabs(double(half_to_float(weight.half[size_t(o * w.groups + i / w.group)])) * 512 * r[size_t(row * w.in + i)]);
+            }
+            const double got = y[size_t(row * w.out + o)];
+            if (!(std::fabs(got - want) <= 2e-6 * whole)) {
+                std::printf("%s: %lld bits of %lld, out %lld, %lld groups of %lld, m %lld, exact %d: got %g, want %g\n", isa, (long long)bits,
+                            (long long)parent_bits, (long long)w.out, (long long)w.groups, (long long)w.group, (long long)m, int(exact), got, want);
+                return 1;
+            }
+        }
+    return 0;
+}
+
+}  // namespace
+
+int main(int count, char **words) {
+    const int64_t rounds = count > 1 ? std::atoll(words[1]) : 1000;
+    random_bits.seed(count > 2 ? std::strtoull(words[2], nullptr, 10) : 0);
+    int64_t made = 0;
+    for (const char *isa : {"avx512", "avx2", "neon", "scalar"})
+        for (int64_t i = 0; i < (mq_lanes(isa) ? rounds : 0); ++i, ++made)
+            if (check(isa)) return 1;
+    std::printf("%lld products equal, best %s\n", (long long)made, mq_best_isa());
+    return made ? 0 : 1;
+}

@@ -1,0 +1,156 @@
+"""The engine against transformers, against itself at other widths and threads, and drafting against plain decoding."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import FAST, Tiny
+from torch import Tensor
+
+import matquant
+from matquant import llama
+from matquant.codes import Grid
+from matquant.engine import Engine, _Picker
+from matquant.errors import InputError, PlanError
+from matquant.pipeline import RunOptions, quantize
+from matquant.plan import BitPlan
+from matquant.recipe import Recipe
+
+SERVED = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
+WIDTHS = (8, 4, 3, 2)
+IDS = [(i * 31 + 7) % 250 for i in range(24)]
+MIXED = BitPlan(4, {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.mlp.down_proj": 8})
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """made("llama") -> a checkpoint of all WIDTHS with refits."""
+    folders: dict[str, Path] = {}
+
+    def make(
+        kind: str, recipe: Recipe = replace(FAST, parent_bits=8, bits=WIDTHS, targets={8: 1.0}, refit_bits=4, clip_search=False, calibration="self")
+    ) -> Path:
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("made") / kind
+            quantize(str(tiny(kind)), folders[kind], recipe, RunOptions())
+        return folders[kind]
+
+    return make
+
+
+def of_transformers(folder: Path, bits: int | BitPlan) -> Tensor:
+    """Logits with a head as the engine's, rounded to 8 bits."""
+    model = matquant.from_pretrained(folder, bits, keep=8).eval()
+    head = llama.rounded(model.get_output_embeddings().weight.data, Grid(8, 64, symmetric=False, overlap=False))
+    with torch.inference_mode():
+        return model.base_model(torch.tensor([IDS])).last_hidden_state[0] @ head.read(8).dense().T
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("bits", [8, 3, MIXED], ids=str)
+def test_logits_are_those_of_transformers(kind: str, bits: int | BitPlan, made) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made(kind), bits, keep=8, exact=True)
+    want = of_transformers(made(kind), bits)
+    torch.testing.assert_close(engine.logits(torch.tensor(IDS)), want, rtol=1e-3, atol=1e-4)
+    near = Engine.open(made(kind), bits, keep=8).logits(torch.tensor(IDS))
+    assert (near - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_token_by_itself_or_among_others_and_any_number_of_threads(exact: bool, made) -> None:  # type: ignore[no-untyped-def]
+    folder, ids = made("qwen3"), torch.tensor(IDS)
+    whole = Engine.open(folder, 3, exact=exact, threads=1).logits(ids)
+    for threads in (2, 5):
+        engine = Engine.open(folder, 3, exact=exact, threads=threads)
+        assert torch.equal(engine.logits(ids), whole)
+        cache, zero = engine.stepper.cache(2, 24), torch.zeros(1, dtype=torch.long)
+        one = [engine.step(ids[i : i + 1], zero + 1, zero + i, cache, zero) for i in range(24)]
+        assert torch.equal(torch.cat(one), whole)
+
+
+def test_texts_side_by_side_are_as_if_alone(made) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 4)
+    cache, ids = engine.stepper.cache(3, 8), torch.tensor(IDS[:8])
+    order = torch.tensor([2, 0, 2, 0, 2, 0, 2, 0])  # two texts of four tokens, interleaved
+    places = torch.arange(8) // 2
+    together = engine.step(ids, order, places, cache, torch.arange(8))
+    for text, first in ((2, 0), (0, 1)):
+        assert torch.equal(together[order == text], engine.logits(ids[first::2]))
+
+
+def test_any_switches_give_the_logits_of_a_fresh_load(made) -> None:  # type: ignore[no-untyped-def]
+    folder, ids = made("llama-tied"), torch.tensor(IDS)
+    fresh = {bits: Engine.open(folder, bits).logits(ids) for bits in WIDTHS}
+    engine = Engine.open(folder, 8, keep=8)
+    arrays = [array.data_ptr() for block in engine.stepper.blocks for weight in block.weights.values() for array in weight.arrays.values()]
+    for bits in (2, 8, 3, 3, 4, 2, 8):
+        engine.set_bits(bits)
+        assert torch.equal(engine.logits(ids), fresh[bits])
+    engine.set_bits(MIXED)
+    assert torch.equal(engine.logits(ids), Engine.open(folder, MIXED).logits(ids))
+    after = [array.data_ptr() for block in engine.stepper.blocks for weight in block.weights.values() for array in weight.arrays.values()]
+    assert after == arrays  # not a byte was copied
+
+
+@pytest.mark.parametrize("draft", [8, 4, 3, 2])
+@pytest.mark.parametrize("prompt", [1, 7])
+def test_drafting_changes_no_greedy_token(draft: int, prompt: int, made) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 8, keep=8)
+    for new in (1, 2, 40):
+        want = list(engine.generate(IDS[:prompt], new))
+        assert len(want) == new and list(engine.generate(IDS[:prompt], new, draft_bits=draft)) == want
+    done = engine.speculation
+    assert 0 <= done.accepted <= done.drafted and done.passes > 0
+    if draft == 8:
+        assert done.acceptance == 1.0
+
+
+def test_generation_is_the_argmax_of_whole_texts(made) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 4)
+    text = list(IDS[:5])
+    for token in engine.generate(text[:5], 12):
+        assert token == int(engine.logits(torch.tensor(text))[-1].argmax())
+        text.append(token)
+    end = text.index(text[8], 5)
+    assert list(engine.generate(IDS[:5], 12, stop=[text[8]])) == text[5 : end + 1]
+
+
+def test_drafted_samples_have_the_verifiers_distribution() -> None:
+    """Frequencies of 40,000 tokens against p, whatever the draft believed: within five standard deviations of every count."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, generator=g) * 1.5
+    pick = _Picker(0.8, g)
+    p, q = pick.probabilities(logits[0]), pick.probabilities(logits[1])
+    rounds, counts = 40_000, torch.zeros(6)
+    for _ in range(rounds):
+        token = pick.token(q)
+        accepted, following = pick.verify([token], [q], logits[[0, 2]])
+        counts[token if accepted else following] += 1
+    assert ((counts - rounds * p).abs() < 5 * (rounds * p * (1 - p)).sqrt()).all()
+    assert ((counts - rounds * q).abs() > 5 * (rounds * q * (1 - q)).sqrt()).any()  # the test tells p from q
+
+
+def test_sampling_repeats_with_its_seed(made) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 8, keep=8)
+    one, two, other = (list(engine.generate(IDS[:4], 20, 1.0, seed, draft_bits=2)) for seed in (1, 1, 2))
+    assert one == two != other
+
+
+def test_refusals(made, tiny: Tiny, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 4)
+    with pytest.raises(PlanError, match="8 bits were not kept; choose from 4.*or open the checkpoint with keep=8"):
+        engine.set_bits(8)
+    with pytest.raises(InputError, match="the prompt has no tokens; give at least one"):
+        next(engine.generate([], 3))
+    with pytest.raises(InputError, match="4 tokens and 200 new ones are more than the 128 there is room for; ask for fewer"):
+        next(engine.generate(IDS[:4], 200))
+    for kind, words in (
+        ("gpt2", "GPT2LMHeadModel has other parts; use matquant.from_pretrained"),
+        ("gemma2", "the engine computes Gemma2ForCausalLM wrongly"),
+    ):
+        quantize(str(tiny(kind)), tmp_path / kind, replace(FAST, parent_bits=4, bits=(4,), targets={4: 1.0}), RunOptions())
+        with pytest.raises(InputError, match=words):
+            Engine.open(tmp_path / kind)
