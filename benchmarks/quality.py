@@ -58,7 +58,7 @@ VARIANTS = {
     "matgptq-348": Variant("MatGPTQ's rule, targets 8,4,3", MATGPTQ | {"targets": {8: 1.0, 4: 1.0, 3: 1.0}}),
     "matgptq-2348": Variant("MatGPTQ's rule, targets 8,4,3,2", MATGPTQ | {"targets": {8: 1.0, 4: 1.0, 3: 1.0, 2: 1.0}}),
     "nested": Variant("ours, without gradients", {"bits": ALL_WIDTHS}),
-    "block": Variant("ours, block refinement", {"bits": ALL_WIDTHS, "method": "block", "refine_dtype": "bfloat16"}),
+    "block": Variant("ours, block refinement", {"bits": ALL_WIDTHS, "method": "block"}),
     "targets-842": Variant("ours, without gradients, targets 8,4,2", {"bits": ALL_WIDTHS, "targets": {8: 0.05, 4: 0.25, 2: 1.0}}),
     "targets-843": Variant("ours, without gradients, targets 8,4,3", {"bits": ALL_WIDTHS, "targets": {8: 0.05, 4: 0.25, 3: 0.5}}),
     "dedicated": Variant("ours, one run a width", EVERY | {}, dedicated=True),
@@ -127,10 +127,10 @@ class Bench:
 
         self.perplexity = {text: measure(forward, remember, held, [], None)[0].perplexity for text, held in texts.items()}
 
-    def run(self, recipe: Recipe, train: torch.Tensor, folder: Path) -> list[dict[str, Any]]:
+    def run(self, recipe: Recipe, train: torch.Tensor, folder: Path, keep: bool = False) -> list[dict[str, Any]]:
         """Rows {text, bits, refit, bits_per_weight, perplexity, kl, top1, quantize_seconds} of one recipe.
 
-        folder: for finished blocks, from which a run that was killed goes on; its seconds are then null.
+        folder: for finished blocks, from which a run that was killed goes on; its seconds are then null. keep: leave them there.
         """
         source = rotated(models.open_source(*self.source), recipe)
         dense = turned(self.dense, source) if recipe.rotate else self.dense
@@ -163,7 +163,8 @@ class Bench:
             found = measure(self._forward(dense, state), self._reference, held, settings, None)[1:]
             rows += [{**label, "perplexity": q.perplexity, "kl": q.kl, "top1": q.top1} for label, q in zip(labels, found, strict=True)]
         swap(dense, originals)
-        shutil.rmtree(folder)
+        if not keep:
+            shutil.rmtree(folder)
         return rows
 
     def _forward(self, dense: Any, state: dict[str, Any]) -> Any:
@@ -230,6 +231,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval-samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--keep", action="store_true", help="leave the finished blocks beside --out, for another benchmark to go on from")
     parser.add_argument("--only", nargs="*", default=["rtn", "gptq", "matgptq-348", "matgptq-2348", "nested"], choices=list(VARIANTS))
     return parser.parse_args()
 
@@ -261,7 +263,7 @@ def main() -> None:
                 continue
             rows = []
             for recipe in recipes(variant, {"group_size": options.group_size}):
-                rows += bench.run(recipe, train, options.out.with_suffix(".work") / f"{name}-{seed}-{recipe.hash[:12]}")
+                rows += bench.run(recipe, train, options.out.with_suffix(".work") / f"{name}-{seed}-{recipe.hash[:12]}", options.keep)
                 print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-7:]], flush=True)
             run = {"words": variant.words, "command": command(), "machine": machine(), "settings": variant.settings, "rows": rows}
             written = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}  # another process may have added to it
