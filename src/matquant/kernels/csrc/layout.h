@@ -53,7 +53,7 @@ MQ_PUBLIC int mq_linear(const mq_weight *w, int64_t bits, const float *x, int64_
 // Inputs rounded to 8 bits. A block is 64 columns, or 32 where a padded group is no multiple of 64.
 struct Inputs {
     int64_t m, width, block;  // rows, padded columns of a row, columns of a block
-    const int8_t *q;          // [m][width]
+    const int8_t *q;          // [width / block][m][block]: rows that are multiplied together lie together
     const float *step;        // [m][width / block]: x is about step q
     const float *sum;         // [m][groups]: of step q over a group
     const float *x;           // [m][width], padded, for exact products; otherwise null

@@ -9,6 +9,8 @@ namespace {
 
 struct Avx2 {
     static constexpr int L = 8, BYTES = 32;
+    static constexpr bool IN_PLACE = false;  // sums of 16 bits
+    static constexpr int TWO_TILES = 4;      // widths up to which two tiles at once are faster
     using I = __m256i;
     using F = __m256;
     using Wide = __m256i;  // 8 sums of 32 bits
@@ -17,8 +19,10 @@ struct Avx2 {
     static I load(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
     static I byte(int c) { return _mm256_set1_epi8(char(c)); }
     static I and_(I a, I b) { return _mm256_and_si256(a, b); }
-    static I or_(I a, I b) { return _mm256_or_si256(a, b); }
-    // Of 16 bits: what crosses into the next byte is masked by every user of it.
+    // a where MASK has ones, b elsewhere.
+    template <int MASK> static I select(I a, I b) { return _mm256_xor_si256(b, _mm256_and_si256(_mm256_xor_si256(a, b), byte(MASK))); }
+    static I add_bytes(I a, I b) { return _mm256_add_epi8(a, b); }
+    static void put(uint8_t *p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a); }
     template <int N> static I shr(I a) { return _mm256_srli_epi16(a, N); }
     template <int N> static I shl(I a) { return _mm256_slli_epi16(a, N); }
 
@@ -27,6 +31,8 @@ struct Avx2 {
     static Acc acc_zero() { return _mm256_setzero_si256(); }
     static Acc dot(Acc a, I u, I s) { return _mm256_add_epi16(a, _mm256_maddubs_epi16(u, s)); }
     static Wide widen(Wide t, Acc a) { return _mm256_add_epi32(t, _mm256_madd_epi16(a, _mm256_set1_epi16(1))); }
+    static Wide wide_add(Wide a, Wide b) { return _mm256_add_epi32(a, b); }
+    template <int N> static Wide wide_shr(Wide a) { return _mm256_srai_epi32(a, N); }
     static F to_float(Wide t) { return _mm256_cvtepi32_ps(t); }
 
     static F set(float c) { return _mm256_set1_ps(c); }

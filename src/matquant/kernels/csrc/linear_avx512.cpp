@@ -9,6 +9,8 @@ namespace {
 
 struct Avx512 {
     static constexpr int L = 16, BYTES = 64;
+    static constexpr bool IN_PLACE = true;  // products of bytes up to 255, sums of 32 bits
+    static constexpr int TWO_TILES = 8;     // widths up to which two tiles at once are faster
     using I = __m512i;
     using F = __m512;
     using Wide = __m512i;  // 16 sums of 32 bits
@@ -17,7 +19,10 @@ struct Avx512 {
     static I load(const uint8_t *p) { return _mm512_loadu_si512(p); }
     static I byte(int c) { return _mm512_set1_epi8(char(c)); }
     static I and_(I a, I b) { return _mm512_and_si512(a, b); }
-    static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+    // a where MASK has ones, b elsewhere.
+    template <int MASK> static I select(I a, I b) { return _mm512_ternarylogic_epi32(byte(MASK), a, b, 0xCA); }
+    static I add_bytes(I a, I b) { return _mm512_add_epi8(a, b); }
+    static void put(uint8_t *p, I a) { _mm512_storeu_si512(p, a); }
     template <int N> static I shr(I a) { return _mm512_srli_epi16(a, N); }
     template <int N> static I shl(I a) { return _mm512_slli_epi16(a, N); }
 
@@ -26,6 +31,8 @@ struct Avx512 {
     static Acc acc_zero() { return _mm512_setzero_si512(); }
     static Acc dot(Acc a, I u, I s) { return _mm512_dpbusd_epi32(a, u, s); }
     static Wide widen(Wide t, Acc a) { return _mm512_add_epi32(t, a); }
+    static Wide wide_add(Wide a, Wide b) { return _mm512_add_epi32(a, b); }
+    template <int N> static Wide wide_shr(Wide a) { return _mm512_srai_epi32(a, N); }
     static F to_float(Wide t) { return _mm512_cvtepi32_ps(t); }
 
     static F set(float c) { return _mm512_set1_ps(c); }

@@ -9,6 +9,8 @@ namespace {
 
 struct Neon {
     static constexpr int L = 4, BYTES = 16;
+    static constexpr bool IN_PLACE = false;  // bytes up to 127
+    static constexpr int TWO_TILES = 4;      // widths up to which two tiles at once are faster
     using I = uint8x16_t;
     using F = float32x4_t;
     using Wide = int32x4_t;
@@ -17,7 +19,10 @@ struct Neon {
     static I load(const uint8_t *p) { return vld1q_u8(p); }
     static I byte(int c) { return vdupq_n_u8(uint8_t(c)); }
     static I and_(I a, I b) { return vandq_u8(a, b); }
-    static I or_(I a, I b) { return vorrq_u8(a, b); }
+    // a where MASK has ones, b elsewhere.
+    template <int MASK> static I select(I a, I b) { return vbslq_u8(byte(MASK), a, b); }
+    static I add_bytes(I a, I b) { return vaddq_u8(a, b); }
+    static void put(uint8_t *p, I a) { vst1q_u8(p, a); }
     template <int N> static I shr(I a) { return vshrq_n_u8(a, N); }
     template <int N> static I shl(I a) { return vshlq_n_u8(a, N); }
 
@@ -26,6 +31,8 @@ struct Neon {
     static Acc acc_zero() { return vdupq_n_s32(0); }
     static Acc dot(Acc a, I u, int8x16_t s) { return vdotq_s32(a, vreinterpretq_s8_u8(u), s); }
     static Wide widen(Wide t, Acc a) { return vaddq_s32(t, a); }
+    static Wide wide_add(Wide a, Wide b) { return vaddq_s32(a, b); }
+    template <int N> static Wide wide_shr(Wide a) { return vshrq_n_s32(a, N); }
     static F to_float(Wide t) { return vcvtq_f32_s32(t); }
 
     static F set(float c) { return vdupq_n_f32(c); }

@@ -8,6 +8,8 @@ namespace {
 
 struct Scalar {
     static constexpr int L = 8, BYTES = 32;
+    static constexpr bool IN_PLACE = true;
+    static constexpr int TWO_TILES = 0;
     struct I { uint8_t v[BYTES]; };
     struct F { float v[L]; };
     struct Wide { int32_t v[L]; };
@@ -16,7 +18,10 @@ struct Scalar {
     static I load(const uint8_t *p) { I r; std::memcpy(r.v, p, BYTES); return r; }
     static I byte(int c) { I r; std::memset(r.v, c, BYTES); return r; }
     static I and_(I a, I b) { for (int i = 0; i < BYTES; ++i) a.v[i] &= b.v[i]; return a; }
-    static I or_(I a, I b) { for (int i = 0; i < BYTES; ++i) a.v[i] |= b.v[i]; return a; }
+    // a where MASK has ones, b elsewhere.
+    template <int MASK> static I select(I a, I b) { for (int i = 0; i < BYTES; ++i) a.v[i] = uint8_t((a.v[i] & MASK) | (b.v[i] & ~MASK)); return a; }
+    static I add_bytes(I a, I b) { for (int i = 0; i < BYTES; ++i) a.v[i] = uint8_t(a.v[i] + b.v[i]); return a; }
+    static void put(uint8_t *p, I a) { std::memcpy(p, a.v, BYTES); }
     template <int N> static I shr(I a) { for (int i = 0; i < BYTES; ++i) a.v[i] = uint8_t(a.v[i] >> N); return a; }
     template <int N> static I shl(I a) { for (int i = 0; i < BYTES; ++i) a.v[i] = uint8_t(a.v[i] << N); return a; }
 
@@ -30,6 +35,8 @@ struct Scalar {
         return a;
     }
     static Wide widen(Wide t, Acc a) { for (int i = 0; i < L; ++i) t.v[i] += a.v[i]; return t; }
+    static Wide wide_add(Wide a, Wide b) { for (int i = 0; i < L; ++i) a.v[i] += b.v[i]; return a; }
+    template <int N> static Wide wide_shr(Wide a) { for (int i = 0; i < L; ++i) a.v[i] >>= N; return a; }
     static F to_float(Wide t) { F r; for (int i = 0; i < L; ++i) r.v[i] = float(t.v[i]); return r; }
 
     static F set(float c) { F r; for (float &v : r.v) v = c; return r; }

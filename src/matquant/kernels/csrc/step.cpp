@@ -8,12 +8,7 @@
 #include <thread>
 
 #include "inputs.h"
-
-#if defined(MQ_X86) && defined(__linux__)
-#define MQ_CLONES __attribute__((target_clones("avx512f", "avx2,fma", "default")))
-#else
-#define MQ_CLONES
-#endif
+#include "maths.h"
 
 namespace {
 
@@ -46,11 +41,6 @@ MQ_CLONES float dot(const float *a, const float *b, int64_t n) {
     return sum;
 }
 
-MQ_CLONES void add_scaled(float *to, const float *from, float weight, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] += weight * from[i];
-}
-
 // x / sqrt(mean x^2 + eps) * weight, of n numbers.
 MQ_CLONES void normalize(const float *x, const float *weight, float eps, float *to, int64_t n) {
     const float one = 1 / std::sqrt(dot(x, x, n) / float(n) + eps);
@@ -64,11 +54,33 @@ MQ_CLONES void sum_of(const float *a, const float *b, float *to, int64_t n) {
 }
 
 // act(gate) * up.
-void gated(const float *gate, const float *up, int64_t act, float *to, int64_t n) {
+MQ_CLONES void gated(const float *gate, const float *up, int64_t act, float *to, int64_t n) {
+    if (act) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = gelu(gate[i]) * up[i];
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = silu(gate[i]) * up[i];
+    }
+}
+
+// softmax(scaling q k_i) v_i over n positions of `size` numbers each. scores: room for n.
+MQ_CLONES void attend_one(const float *q, const float *keys, const float *values, int64_t n, int64_t size, float scaling, float *scores, float *to) {
+    float largest = -INFINITY, total = 0;
     for (int64_t i = 0; i < n; ++i) {
-        const float g = gate[i];
-        const float a = act ? 0.5f * g * (1 + std::tanh(0.7978845608f * (g + 0.044715f * g * g * g))) : g / (1 + std::exp(-g));
-        to[i] = a * up[i];
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < size; ++j) sum += q[j] * keys[i * size + j];
+        scores[i] = sum * scaling;
+        largest = std::max(largest, scores[i]);
+    }
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; ++i) scores[i] = exp_of(scores[i] - largest), total += scores[i];
+    for (int64_t j = 0; j < size; ++j) to[j] = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const float weight = scores[i] / total;
+#pragma omp simd
+        for (int64_t j = 0; j < size; ++j) to[j] += weight * values[i * size + j];
     }
 }
 
@@ -113,10 +125,17 @@ struct Step {
             }
     }
 
-    // This thread's share of `units`, called by all threads; all of it is done when it returns.
+    // This thread's share of `units`, called by all threads; all of them are done when it returns.
     template <class Work>
     void shared(int thread, int64_t units, Work work) {
         for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; ++unit) work(unit);
+        barrier.wait();
+    }
+
+    // The same, every so many-th unit: where later ones take longer.
+    template <class Work>
+    void dealt(int thread, int64_t units, Work work) {
+        for (int64_t unit = thread; unit < units; unit += threads) work(unit);
         barrier.wait();
     }
 
@@ -185,22 +204,14 @@ struct Step {
             rotate(own, &cosine[size_t(row * model.rotary)], &sine[size_t(row * model.rotary)], model.rotary, size, cached(keys, layer, row, kv, position[row]));
             std::memcpy(cached(values, layer, row, kv, position[row]), &v[size_t(unit * size)], size_t(size) * sizeof(float));
         });
-        shared(thread, m * model.heads, [&](int64_t unit) {
+        dealt(thread, m * model.heads, [&](int64_t unit) {
             const int64_t row = unit / model.heads, kv = unit % model.heads / share, length = position[row] + 1;
             const float *own = &q[size_t(unit * size)];
             if (block.norm_q) normalize(own, block.norm_q, model.eps, head.data(), size), own = head.data();
             rotate(own, &cosine[size_t(row * model.rotary)], &sine[size_t(row * model.rotary)], model.rotary, size, turned.data());
             scores.resize(size_t(length));
-            const float *key = cached(keys, layer, row, kv, 0), *value = cached(values, layer, row, kv, 0);
-            float largest = -INFINITY, total = 0;
-            for (int64_t i = 0; i < length; ++i) {
-                scores[size_t(i)] = dot(turned.data(), key + i * size, size) * model.scaling;
-                largest = std::max(largest, scores[size_t(i)]);
-            }
-            for (float &score : scores) score = std::exp(score - largest), total += score;
-            float *to = &attended[size_t(unit * size)];
-            std::fill(to, to + size, 0.0f);
-            for (int64_t i = 0; i < length; ++i) add_scaled(to, value + i * size, scores[size_t(i)] / total, size);
+            attend_one(turned.data(), cached(keys, layer, row, kv, 0), cached(values, layer, row, kv, 0), length, size, model.scaling, scores.data(),
+                       &attended[size_t(unit * size)]);
         });
     }
 
