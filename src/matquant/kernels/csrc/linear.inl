@@ -14,15 +14,20 @@
 
 #include "layout.h"
 
+#ifdef MQ_UNROLL  // instrumented code of long unrolled loops takes minutes to compile
+#define MQ_INLINE
+#else
 #define MQ_INLINE __attribute__((always_inline))
+#define MQ_UNROLL 4
+#endif
 
 namespace {
 
-constexpr int STEP = 32;   // columns
-constexpr int SLOTS = 8;   // of a step: four columns each, the bytes of a lane
-constexpr int FEW = 4;     // rows of x that are multiplied with one unpacking in registers
-constexpr int MANY = 8;    // from so many on, a group is unpacked to memory
-constexpr int PANEL = 96;  // rows that pass a tile before the next: their inputs stay in the second-level cache
+constexpr int STEP = 32;             // columns
+constexpr int SLOTS = 8;             // of a step: four columns each, the bytes of a lane
+constexpr int FEW = MQ_UNROLL;       // rows of x that are multiplied with one unpacking in registers
+constexpr int MANY = 2 * MQ_UNROLL;  // from so many on, a group is unpacked to memory
+constexpr int PANEL = 96;            // rows that pass a tile before the next: their inputs stay in the second-level cache
 
 // f(0), ..., f(N - 1), unrolled: what is kept in arrays by such an index stays in registers.
 template <int N, class F>
