@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from matquant.codes import Grid, fit_grid, nearest_code
-from matquant.errors import InputError
+from matquant.errors import InputError, UnservedError
 from matquant.kernels import cpu
 from matquant.kernels.step import Block, Geometry, Stepper
 from matquant.weight import NestedWeight
@@ -61,24 +61,24 @@ def skeleton_of(folder: Path) -> Any:
 
 
 def plan_of(skeleton: Any) -> Plan:
-    """Raises InputError for a model that cannot be served, and says why."""
+    """Raises UnservedError for a model that cannot be served, and says why."""
     config, base = skeleton.config, skeleton.base_model
     kind = type(skeleton).__name__
     blocks = getattr(base, "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not all(_has(blocks[0], name) for name in (*PARTS.values(), *NORMS.values())):
-        raise InputError(f"the engine serves models of Llama's shape, and {kind} has other parts; use matquant.from_pretrained")
+        raise UnservedError(f"the engine serves models of Llama's shape, and {kind} has other parts; use matquant.from_pretrained")
     if (act := _act(config)) not in ACTS:
-        raise InputError(f"the engine knows the activations {', '.join(ACTS)}, not {act!r}; use matquant.from_pretrained")
+        raise UnservedError(f"the engine knows the activations {', '.join(ACTS)}, not {act!r}; use matquant.from_pretrained")
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotary not in STATIC_ROTARY:
-        raise InputError(f"the engine has no {rotary} positions, only {', '.join(STATIC_ROTARY)}; use matquant.from_pretrained")
+        raise UnservedError(f"the engine has no {rotary} positions, only {', '.join(STATIC_ROTARY)}; use matquant.from_pretrained")
     prefix = next(name for name, module in skeleton.named_modules() if module is blocks)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return Plan(skeleton, prefix, min(filter(None, (config.max_position_embeddings, window))))
 
 
 def try_out(config: Any) -> None:
-    """Raise InputError unless a small random model of this configuration is computed as transformers computes it."""
+    """Raise UnservedError unless a small random model of this configuration is computed as transformers computes it."""
     small = copy.deepcopy(config)
     for name, value in TRIAL.items():
         setattr(small, name, value)
@@ -109,7 +109,7 @@ def try_out(config: Any) -> None:
         want = model(ids).logits[0]
     if not torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max())):
         apart = float((got - want).abs().max() / want.abs().max())
-        raise InputError(f"the engine computes {type(model).__name__} wrongly (logits {apart:.1g} apart in a trial); use matquant.from_pretrained")
+        raise UnservedError(f"the engine computes {type(model).__name__} wrongly (logits {apart:.1g} apart in a trial); use matquant.from_pretrained")
 
 
 def stepper_of(
