@@ -24,11 +24,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from matquant import llama
-from matquant.checkpoint import Checkpoint
+from matquant.checkpoint import Checkpoint, choose
 from matquant.checkpoint.files import parse_json
 from matquant.codes import Grid
 from matquant.errors import InputError, PlanError, UnservedError, choices
-from matquant.hf import choose
 from matquant.kernels.step import Cache, Stepper
 from matquant.plan import BitPlan
 
