@@ -14,7 +14,10 @@ cache. Greedy output is that of plain decoding to the token, because a row is co
 the same distribution.
 """
 
+import ctypes
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,11 @@ from matquant.checkpoint import Checkpoint, choose
 from matquant.checkpoint.files import parse_json
 from matquant.codes import Grid
 from matquant.errors import InputError, PlanError, UnservedError, choices
+from matquant.kernels import cpu
 from matquant.kernels.step import Cache, Stepper
 from matquant.plan import BitPlan
+from matquant.threads import for_steps_of
+from matquant.weight import NestedWeight
 
 HEAD_GROUPS = (64, 32)  # input channels that share a scale of the head: the first that divides them
 PREFILL = 512  # tokens of a prompt that pass at once
@@ -62,6 +68,24 @@ def _json(path: Path) -> dict[str, Any]:
     return parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
+def _give_back() -> None:
+    """Let the system have memory that is free: glibc keeps up to twice the largest array freed so far, for every thread."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _head(checkpoint: Checkpoint, shape: llama.Served, bits: int, pool: Executor) -> NestedWeight:
+    """The head as stored, or rounded to `bits` if it is not quantized; a tied one is the embedding's."""
+    if shape.head in checkpoint.modules:
+        return checkpoint.read(shape.head)
+    name = next(name for name in (f"{shape.head}.weight", f"{shape.embedding}.weight") if name in checkpoint.base)
+    out, hidden = checkpoint.base_shapes[name]
+    size = next((size for size in HEAD_GROUPS if hidden % size == 0), -1)
+    grid = Grid(bits, size, symmetric=False, overlap=False)
+    return llama.rounded_rows(lambda first, end: checkpoint.rows(name, first, end), out, hidden, grid, pool)
+
+
 @dataclass
 class Engine:
     """One model in memory. embeddings: [vocabulary, hidden], as stored, mapped from the file. kept: widths that layers were packed for."""
@@ -69,7 +93,7 @@ class Engine:
     stepper: Stepper
     embeddings: Tensor
     checkpoint: Checkpoint
-    shape: llama.Plan
+    shape: llama.Served
     kept: tuple[int, ...]
     plan: BitPlan
     capacity: int
@@ -101,26 +125,24 @@ class Engine:
         single = bits is not None and keep is None
         used = {plan.bits(name) for name in checkpoint.modules}
         kept = tuple(sorted(used if single else {r for r in checkpoint.widths if r <= widest}, reverse=True))
-        skeleton = llama.skeleton_of(Path(folder))
-        shape = llama.plan_of(skeleton)
-        llama.try_out(skeleton.config)
-        layers = range(len(skeleton.base_model.layers))
-        missing = [name for i in layers for part in llama.PARTS if (name := shape.name(i, part)) not in checkpoint.modules]
-        if missing:
+        shape = llama.served(Path(folder))
+        names = [shape.name(i, part) for i in range(shape.count) for part in llama.PARTS]
+        if missing := [name for name in names if name not in checkpoint.modules]:
             raise UnservedError(
                 f"{missing[0]} is not quantized in {folder}, and the engine reads quantized layers alone; use matquant.from_pretrained"
             )
-        names = {id(module): name for name, module in skeleton.named_modules()}
-        embedding, head = (names[id(module)] for module in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()))
-        base = checkpoint.base
-        table = base[f"{embedding}.weight"]
-        if head in checkpoint.modules:
-            of_head = checkpoint.read(head)
-        else:
-            weight = base.get(f"{head}.weight", table)
-            size = next((size for size in HEAD_GROUPS if weight.shape[1] % size == 0), -1)
-            of_head = llama.rounded(weight, Grid(head_bits, size, symmetric=False, overlap=False))
-        stepper = llama.stepper_of(shape, checkpoint.read, base.__getitem__, dict.fromkeys(layers, kept), of_head, isa)
+        checkpoint.check_files(max(kept))
+        workers = threads or torch.get_num_threads()
+        with for_steps_of(1), ThreadPoolExecutor(workers) as pool:  # a thread a layer: all of it but the reads is one array after the other
+            # the head first: it is the largest of all on its way
+            weights = {shape.head: cpu.pack(head := _head(checkpoint, shape, head_bits, pool), (head.grid.bits,), isa, workers)}
+            del head
+            for i in range(shape.count):
+                own = names[i * len(llama.PARTS) : (i + 1) * len(llama.PARTS)]
+                weights |= zip(own, pool.map(lambda name: cpu.pack(checkpoint.read(name, max(kept), narrower=True), kept, isa, 1), own), strict=True)
+                _give_back()
+        stepper = llama.stepper_of(shape, weights.__getitem__, checkpoint.base.__getitem__)
+        table = checkpoint.base[f"{shape.embedding}.weight"]
         return Engine(stepper, table, checkpoint, shape, kept, plan, min(capacity, shape.longest), exact, threads)
 
     @property
