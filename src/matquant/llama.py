@@ -157,7 +157,8 @@ def served_of(skeleton: Any) -> Served:
         raise UnservedError(f"the engine has no {rotary} positions, only {', '.join(STATIC_ROTARY)}; use matquant.from_pretrained")
     names = {id(module): name for name, module in skeleton.named_modules()}
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    first, turned = blocks[0], base.rotary_emb
+    first: Any = blocks[0]
+    turned: Any = base.rotary_emb
     geometry = Geometry(
         config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads, first.self_attn.head_dim,
         config.vocab_size, ACTS[act], config.rms_norm_eps, first.self_attn.scaling, turned.attention_scaling, turned.inv_freq.detach().float(),
@@ -224,7 +225,8 @@ def stepper_of(served: Served, packed: Packed, tensors: Tensors) -> Stepper:
 
 def rounded(weight: Tensor, grid: Grid) -> NestedWeight:
     """A weight [out, in] rounded to nearest."""
-    return rounded_rows(lambda first, end: weight[first:end], *weight.shape, grid)
+    out, in_features = weight.shape
+    return rounded_rows(lambda first, end: weight[first:end], out, in_features, grid)
 
 
 def rounded_rows(rows: Callable[[int, int], Tensor], out: int, in_features: int, grid: Grid, pool: Executor | None = None) -> NestedWeight:

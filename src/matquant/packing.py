@@ -59,4 +59,4 @@ def _unpack_on_cpu(planes: Tensor, in_features: int, bits: int) -> Tensor:
         for table, plane in zip(tables, given[:, first : first + step], strict=True):
             np.bitwise_or(own, np.take(table, plane, out=part[: len(own)], mode="clip"), out=own)
     codes = lanes.view(np.uint8)[:, :in_features]
-    return torch.from_numpy(np.ascontiguousarray(codes))
+    return torch.from_numpy(np.ascontiguousarray(codes))  # pyright: ignore[reportUnknownMemberType]
