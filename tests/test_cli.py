@@ -53,7 +53,7 @@ def test_help_lists_the_commands(capsys: Capture) -> None:
     for arguments in ([], ["--help"]):
         assert main(arguments) == 0
         out = capsys.readouterr().out
-        assert all(f"\n  {name} " in out for name in ("quantize", "eval", "generate", "inspect", "verify", "doctor"))
+        assert all(f"\n  {name} " in out for name in ("quantize", "eval", "generate", "chat", "bench", "inspect", "verify", "doctor"))
 
 
 def test_module_and_entry_point_are_one() -> None:
@@ -291,19 +291,25 @@ def test_no_such_folder(command: str, capsys: Capture) -> None:
 # --- generate -------------------------------------------------------------------------------------------------------
 
 
-def test_generate_says_what_transformers_says(checkpoint: Path, capsys: Capture) -> None:
+def test_generate_says_what_transformers_says(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
     import torch
     from transformers import AutoTokenizer
 
     import matquant
 
-    found = answer(capsys, "generate", str(checkpoint), "hello", "--bits", "4", "--max-new-tokens", "5")
-    model, tokenizer = matquant.from_pretrained(checkpoint, bits=4, dtype=torch.float32), AutoTokenizer.from_pretrained(checkpoint)
+    folder = tmp_path / "checkpoint"
+    build_checkpoint(tiny("gpt2"), folder, Recipe(method="minmax", group_size=32))
+    command = ["generate", str(folder), "hello", "--bits", "4", "--max-new-tokens", "5"]
+    found = answer(capsys, *command)
+    model, tokenizer = matquant.from_pretrained(folder, bits=4, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("hello", return_tensors="pt").input_ids
     for _ in range(5):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     assert found["text"] == tokenizer.decode(ids[0, 5:], skip_special_tokens=True)
-    assert (found["bits"], found["tokens"], found["prompt"]) == (4, 5, "hello")
+    assert (found["bits"], found["tokens"], found["prompt"], found["engine"]) == (4, 5, "hello", False)
+    assert main([*command, "--threads", "1"]) == 0
+    assert "GPT2LMHeadModel has other parts: transformers writes this" in capsys.readouterr().err
+    assert "GPT2LMHeadModel has other parts" in fails(capsys, 3, *command, "--draft-bits", "2")
 
 
 def test_generate_samples_by_seed(checkpoint: Path, capsys: Capture) -> None:

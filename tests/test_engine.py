@@ -1,5 +1,6 @@
 """The engine against transformers, against itself at other widths and threads, and drafting against plain decoding."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import matquant
 from matquant import llama
 from matquant.codes import Grid
 from matquant.engine import Engine, _Picker
-from matquant.errors import InputError, PlanError
+from matquant.errors import InputError, PlanError, UnservedError
 from matquant.pipeline import RunOptions, quantize
 from matquant.plan import BitPlan
 from matquant.recipe import Recipe
@@ -133,6 +134,55 @@ def test_drafted_samples_have_the_verifiers_distribution() -> None:
     assert ((counts - rounds * q).abs() > 5 * (rounds * q * (1 - q)).sqrt()).any()  # the test tells p from q
 
 
+def test_a_session_passes_only_what_is_new(made, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 8, keep=8)
+    passed: list[int] = []
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, ids, *rest: passed.append(len(ids)) or step(self, ids, *rest))
+    session = engine.session()
+    first = list(session.reply(IDS[:6], 5))
+    assert passed == [6, 1, 1, 1, 1] and session.ids == IDS[:6] + first
+    passed.clear()
+    second = list(session.reply(IDS[6:9], 3))
+    assert passed == [4, 1, 1]  # the last token of the reply, and three new ones
+    assert second == list(engine.generate([*IDS[:6], *first, *IDS[6:9]], 3))
+    passed.clear()
+    assert session.rewind([*IDS[:6], *first[:2], 9, 9]) == [9, 9] and session.ids == [*IDS[:6], *first[:2]]
+    assert list(session.reply([9, 9], 2)) == list(engine.generate([*IDS[:6], *first[:2], 9, 9], 2))
+    assert passed[:2] == [2, 1]
+    assert session.rewind(session.ids) == [] and list(session.reply([], 1))  # a whole text may simply go on
+
+
+@pytest.mark.parametrize("draft", [None, 4, 2])
+@pytest.mark.parametrize("after", [1, 2, 3, 6])
+def test_a_reply_may_be_left_at_any_token(draft: int | None, after: int, made) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 8, keep=8)
+    session, whole = engine.session(64), list(engine.generate(IDS[:4], 20))
+    reply = session.reply(IDS[:4], 20, draft_bits=draft)
+    assert [next(reply) for _ in range(after)] == whole[:after]
+    reply.close()
+    assert session.ids == IDS[:4] + whole[:after]
+    assert list(session.reply([], 20 - after, draft_bits=draft)) == whole[after:]
+    with pytest.raises(InputError, match="24 tokens and 41 new ones are more than the 64 there is room for"):
+        next(session.reply([], 41))
+
+
+def test_tokens_that_end_a_text(made, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert Engine.open(made("llama"), 8).stop == (257,)
+    shutil.copytree(made("llama"), tmp_path / "other")
+    (tmp_path / "other" / "generation_config.json").write_text('{"eos_token_id": [5, 257]}')
+    assert Engine.open(tmp_path / "other", 8).stop == (5, 257)
+
+
+def test_bytes_that_a_token_reads(made) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 8, keep=8)
+    weights = sum(shape.weights for shape in engine.checkpoint.modules.values())
+    for wide, narrow in ((8, 4), (4, 3), (3, 2)):
+        codes = weights * (wide - narrow) / 8
+        assert engine.read_bytes(wide) - engine.read_bytes(narrow) == pytest.approx(codes, rel=0.15)  # refits are bytes too
+    assert engine.read_bytes(MIXED) > engine.read_bytes(2)
+
+
 def test_sampling_repeats_with_its_seed(made) -> None:  # type: ignore[no-untyped-def]
     engine = Engine.open(made("llama"), 8, keep=8)
     one, two, other = (list(engine.generate(IDS[:4], 20, 1.0, seed, draft_bits=2)) for seed in (1, 1, 2))
@@ -152,5 +202,9 @@ def test_refusals(made, tiny: Tiny, tmp_path: Path) -> None:  # type: ignore[no-
         ("gemma2", "the engine computes Gemma2ForCausalLM wrongly"),
     ):
         quantize(str(tiny(kind)), tmp_path / kind, replace(FAST, parent_bits=4, bits=(4,), targets={4: 1.0}), RunOptions())
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(UnservedError, match=words):
             Engine.open(tmp_path / kind)
+    rounds = replace(FAST, parent_bits=4, bits=(4,), targets={4: 1.0}, slicing="round")
+    quantize(str(tiny("llama")), tmp_path / "round", rounds, RunOptions())
+    with pytest.raises(UnservedError, match="the engine reads slicing floor, not round; use matquant.from_pretrained"):
+        Engine.open(tmp_path / "round")

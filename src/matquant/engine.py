@@ -4,6 +4,9 @@
     for token in engine.generate(ids, 100): ...
     engine.set_bits(2)                       # nothing is loaded or copied
     engine.generate(ids, 100, draft_bits=2)  # self-speculative: drafted at 2 bits, verified at the engine's width
+    session = engine.session()               # a text that grows: only new tokens pass
+    for token in session.reply(ids, 100): ...
+    for token in session.reply(more, 100): ...
 
 Self-speculation is speculative decoding (https://arxiv.org/abs/2211.17192) with a narrower read of the same weights as the draft model (as QSpec's,
 https://arxiv.org/abs/2410.11305): the verifier's pass over the drafted tokens writes its own keys and values over the draft's, so both share one
@@ -11,21 +14,28 @@ cache. Greedy output is that of plain decoding to the token, because a row is co
 the same distribution.
 """
 
+import ctypes
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from matquant import llama
-from matquant.checkpoint import Checkpoint
+from matquant.checkpoint import Checkpoint, choose
+from matquant.checkpoint.files import parse_json
 from matquant.codes import Grid
-from matquant.errors import InputError, PlanError, choices
-from matquant.hf import choose
+from matquant.errors import InputError, PlanError, UnservedError, choices
+from matquant.kernels import cpu
 from matquant.kernels.step import Cache, Stepper
 from matquant.plan import BitPlan
+from matquant.threads import for_steps_of
+from matquant.weight import NestedWeight
 
 HEAD_GROUPS = (64, 32)  # input channels that share a scale of the head: the first that divides them
 PREFILL = 512  # tokens of a prompt that pass at once
@@ -35,16 +45,45 @@ MOST_DRAFTED = 12
 
 @dataclass
 class Speculation:
-    """What self-speculation did. drafted, accepted: tokens. passes: of the verifier."""
+    """What self-speculation did. drafted, accepted, made: tokens. passes: of the verifier."""
 
     drafted: int = 0
     accepted: int = 0
+    made: int = 0
     passes: int = 0
 
     @property
     def acceptance(self) -> float:
         """Share of drafted tokens that the verifier accepted."""
         return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def per_pass(self) -> float:
+        """Tokens that a pass of the verifier led to."""
+        return self.made / self.passes if self.passes else 0.0
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object in a file; empty if there is none."""
+    return parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
+
+
+def _give_back() -> None:
+    """Let the system have memory that is free: glibc keeps up to twice the largest array freed so far, for every thread."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _head(checkpoint: Checkpoint, shape: llama.Served, bits: int, pool: Executor) -> NestedWeight:
+    """The head as stored, or rounded to `bits` if it is not quantized; a tied one is the embedding's."""
+    if shape.head in checkpoint.modules:
+        return checkpoint.read(shape.head)
+    name = next(name for name in (f"{shape.head}.weight", f"{shape.embedding}.weight") if name in checkpoint.base)
+    out, hidden = checkpoint.base_shapes[name]
+    size = next((size for size in HEAD_GROUPS if hidden % size == 0), -1)
+    grid = Grid(bits, size, symmetric=False, overlap=False)
+    return llama.rounded_rows(lambda first, end: checkpoint.rows(name, first, end), out, hidden, grid, pool)
 
 
 @dataclass
@@ -54,7 +93,7 @@ class Engine:
     stepper: Stepper
     embeddings: Tensor
     checkpoint: Checkpoint
-    shape: llama.Plan
+    shape: llama.Served
     kept: tuple[int, ...]
     plan: BitPlan
     capacity: int
@@ -77,40 +116,58 @@ class Engine:
         """Pack the layers of a checkpoint for the widths up to `keep` (None: those of `bits`; all if that is None too).
 
         capacity: tokens of a text, at most; less where the model has fewer positions. head_bits: what a head that is not quantized is rounded to.
-        exact: products of floats instead of 8-bit inputs. Raises InputError for a model of another shape than Llama's; otherwise as `matquant.from_pretrained`.
+        exact: products of floats instead of 8-bit inputs. Raises UnservedError for what it cannot read: a model of another shape than Llama's, a slicing other than floor; otherwise as `matquant.from_pretrained`.
         """
         checkpoint = Checkpoint.open(folder)
         plan, widest = choose(checkpoint, bits, keep)
+        if (slicing := checkpoint.layout.slicing) != "floor":
+            raise UnservedError(f"the engine reads slicing floor, not {slicing}; use matquant.from_pretrained")
         single = bits is not None and keep is None
         used = {plan.bits(name) for name in checkpoint.modules}
         kept = tuple(sorted(used if single else {r for r in checkpoint.widths if r <= widest}, reverse=True))
-        skeleton = llama.skeleton_of(Path(folder))
-        shape = llama.plan_of(skeleton)
-        llama.try_out(skeleton.config)
-        layers = range(len(skeleton.base_model.layers))
-        missing = [name for i in layers for part in llama.PARTS if (name := shape.name(i, part)) not in checkpoint.modules]
-        if missing:
-            raise InputError(f"{missing[0]} is not quantized in {folder}, and the engine reads quantized layers alone; use matquant.from_pretrained")
-        names = {id(module): name for name, module in skeleton.named_modules()}
-        embedding, head = (names[id(module)] for module in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()))
-        base = checkpoint.base
-        table = base[f"{embedding}.weight"]
-        if head in checkpoint.modules:
-            of_head = checkpoint.read(head)
-        else:
-            weight = base.get(f"{head}.weight", table)
-            size = next((size for size in HEAD_GROUPS if weight.shape[1] % size == 0), -1)
-            of_head = llama.rounded(weight, Grid(head_bits, size, symmetric=False, overlap=False))
-        stepper = llama.stepper_of(shape, checkpoint.read, base.__getitem__, dict.fromkeys(layers, kept), of_head, isa)
+        shape = llama.served(Path(folder))
+        names = [shape.name(i, part) for i in range(shape.count) for part in llama.PARTS]
+        if missing := [name for name in names if name not in checkpoint.modules]:
+            raise UnservedError(
+                f"{missing[0]} is not quantized in {folder}, and the engine reads quantized layers alone; use matquant.from_pretrained"
+            )
+        checkpoint.check_files(max(kept))
+        workers = threads or torch.get_num_threads()
+        with for_steps_of(1), ThreadPoolExecutor(workers) as pool:  # a thread a layer: all of it but the reads is one array after the other
+            # the head first: it is the largest of all on its way
+            weights = {shape.head: cpu.pack(head := _head(checkpoint, shape, head_bits, pool), (head.grid.bits,), isa, workers)}
+            del head
+            for i in range(shape.count):
+                own = names[i * len(llama.PARTS) : (i + 1) * len(llama.PARTS)]
+                weights |= zip(own, pool.map(lambda name: cpu.pack(checkpoint.read(name, max(kept), narrower=True), kept, isa, 1), own), strict=True)
+                _give_back()
+        stepper = llama.stepper_of(shape, weights.__getitem__, checkpoint.base.__getitem__)
+        table = checkpoint.base[f"{shape.embedding}.weight"]
         return Engine(stepper, table, checkpoint, shape, kept, plan, min(capacity, shape.longest), exact, threads)
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """Tokens that end a text, by generation_config.json, or else config.json."""
+        ends = _json(self.checkpoint.folder / "generation_config.json").get("eos_token_id", self.checkpoint.config.get("eos_token_id"))
+        return tuple(token for token in (ends if isinstance(ends, list) else [ends]) if isinstance(token, int))
+
+    def read_bytes(self, bits: int | BitPlan) -> int:
+        """Bytes of weights that one token reads, the head's included."""
+        plan = BitPlan(bits) if isinstance(bits, int) else bits
+        layers = (
+            (weight, plan.bits(self.shape.name(i, part))) for i, block in enumerate(self.stepper.blocks) for part, weight in block.weights.items()
+        )
+        head = self.stepper.head
+        return sum(weight.read_bytes(width) for weight, width in layers) + head.read_bytes(head.widths[0])
 
     def set_bits(self, bits: int | BitPlan) -> None:
         """Read at `bits` from the next token on. Raises PlanError for a width that was not kept."""
         plan = BitPlan(bits) if isinstance(bits, int) else bits.check(self.checkpoint.modules, self.checkpoint.layout.widths)
-        self._widths(plan)
+        self.widths(plan)
         self.plan = plan
 
-    def _widths(self, plan: BitPlan) -> UInt8[Tensor, " widths"]:
+    def widths(self, plan: BitPlan) -> UInt8[Tensor, " widths"]:
+        """What the stepper takes for `plan`. Raises PlanError for a width that was not kept."""
         used = [{part: plan.bits(self.shape.name(i, part)) for part in llama.PARTS} for i in range(len(self.stepper.blocks))]
         for width in {width for own in used for width in own.values()}:
             if width not in self.kept:
@@ -122,7 +179,7 @@ class Engine:
         plan: BitPlan | None = None,
     ) -> Float[Tensor, "wanted vocabulary"]:  # fmt: skip
         """Logits of some of the tokens, each given its sequence and its position in it."""
-        widths = self._widths(plan or self.plan)
+        widths = self.widths(plan or self.plan)
         return self.stepper.step(widths, self.embeddings[ids], sequence, position, cache, rows, self.exact, self.threads)
 
     def logits(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens vocabulary"]:
@@ -132,68 +189,101 @@ class Engine:
 
     # --- one text ---------------------------------------------------------------------------------------------------
 
+    def session(self, capacity: int | None = None) -> "Session":
+        """An empty text of at most `capacity` tokens (None: as many as there is room for; those that no token has reached take no memory)."""
+        return Session(self, self.stepper.cache(1, min(capacity or self.capacity, self.capacity)))
+
     def generate(
         self, ids: Sequence[int], new: int, temperature: float = 0.0, seed: int = 0, draft_bits: int | None = None, stop: Sequence[int] = ()
     ) -> Iterator[int]:
-        """At most `new` tokens after `ids`, one by one; ends behind one of `stop`. Greedy at temperature 0.
+        """At most `new` tokens after `ids`, one by one; as Session.reply."""
+        return self.session(max(len(ids) + new, 1)).reply(ids, new, temperature, seed, draft_bits, stop)
 
-        draft_bits: draft at this width. Raises InputError for an empty prompt, or one that leaves no room for new tokens.
+
+@dataclass
+class Session:
+    """One text that grows, and the keys and values of its tokens: what has passed once does not pass again.
+
+    ids: of the whole text. passed: how many of them have keys and values in `cache`. Those stay what the widths of their time made them.
+    """
+
+    engine: Engine
+    cache: Cache
+    ids: list[int] = field(default_factory=list[int])
+    passed: int = 0
+
+    def rewind(self, ids: Sequence[int]) -> list[int]:
+        """Go back to the longest beginning that the text shares with `ids`. Returns the rest of `ids`, which `reply` may go on with."""
+        same = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), min(len(self.ids), len(ids)))
+        del self.ids[same:]
+        self.passed = min(self.passed, same)
+        return list(ids[same:])
+
+    def reply(
+        self, ids: Sequence[int], new: int, temperature: float = 0.0, seed: int = 0, draft_bits: int | None = None, stop: Sequence[int] = ()
+    ) -> Iterator[int]:
+        """At most `new` tokens after the text and `ids`, one by one; ends behind one of `stop`. Greedy at temperature 0.
+
+        Each token belongs to the text as soon as it is handed out, so a reply may be left at any token and the text goes on from there.
+        draft_bits: draft at this width. Raises InputError for a text without tokens, or one that leaves no room for new ones.
         """
-        if not ids:
+        if not ids and not self.ids:
             raise InputError("the prompt has no tokens; give at least one")
-        if len(ids) + new > self.capacity:
-            raise InputError(f"{len(ids)} tokens and {new} new ones are more than the {self.capacity} there is room for; ask for fewer")
+        if (length := len(self.ids) + len(ids)) + new > (room := min(self.cache.capacity, self.engine.capacity)):
+            raise InputError(f"{length} tokens and {new} new ones are more than the {room} there is room for; ask for fewer")
+        self.passed = min(self.passed, len(self.ids))  # a reply that was left had passed drafted tokens too
+        self.ids += ids
+        self.passed = min(self.passed, len(self.ids) - 1)
         pick = _Picker(temperature, torch.Generator().manual_seed(seed))
-        cache = self.stepper.cache(1, len(ids) + new)
-        tokens = self._speculative(list(ids), new, pick, cache, BitPlan(draft_bits)) if draft_bits else self._plain(list(ids), new, pick, cache)
-        for token in tokens:
+        for token in self._speculative(new, pick, BitPlan(draft_bits)) if draft_bits else self._plain(new, pick):
+            self.ids.append(token)
             yield token
             if token in stop:
                 return
 
-    def _pass(self, ids: Sequence[int], start: int, cache: Cache, plan: BitPlan | None = None, last: int = 1) -> Float[Tensor, "last vocabulary"]:
+    def _pass(self, ids: Sequence[int], start: int, plan: BitPlan | None = None, last: int = 1) -> Float[Tensor, "last vocabulary"]:
         """Logits of the last tokens of `ids`, whose first has position `start`."""
         places = torch.arange(start, start + len(ids))
         found = []
         for part in places.split(PREFILL):
             done = int(part[-1]) - start + 1
             wanted = torch.arange(max(len(part) - max(last - (len(ids) - done), 0), 0), len(part))
-            found.append(self.step(torch.tensor(ids)[part - start], torch.zeros_like(part), part, cache, wanted, plan))
+            found.append(self.engine.step(torch.tensor(ids)[part - start], torch.zeros_like(part), part, self.cache, wanted, plan))
         return torch.cat(found)
 
-    def _plain(self, ids: list[int], new: int, pick: "_Picker", cache: Cache) -> Iterator[int]:
-        logits = self._pass(ids, 0, cache)
-        for count in range(new):
-            token = pick.token(pick.probabilities(logits[-1]))
-            yield token
-            if count + 1 < new:
-                logits = self._pass([token], len(ids) + count, cache)
+    def _advance(self) -> Float[Tensor, " vocabulary"]:
+        """Pass what has not passed. Returns the logits of the last token."""
+        logits = self._pass(self.ids[self.passed :], self.passed)
+        self.passed = len(self.ids)
+        return logits[-1]
 
-    def _speculative(self, ids: list[int], new: int, pick: "_Picker", cache: Cache, draft: BitPlan) -> Iterator[int]:
-        self._widths(draft)
-        length, made = DRAFT, 1
-        token = pick.token(pick.probabilities(self._pass(ids, 0, cache)[-1]))
-        yield token
-        place = len(ids)  # of `token`, which has passed neither reader
+    def _plain(self, new: int, pick: "_Picker") -> Iterator[int]:
+        for _ in range(new):
+            yield pick.token(pick.probabilities(self._advance()))
+
+    def _speculative(self, new: int, pick: "_Picker", draft: BitPlan) -> Iterator[int]:
+        self.engine.widths(draft)
+        length, made, done = DRAFT, 1, self.engine.speculation
+        yield pick.token(pick.probabilities(self._advance()))
         while made < new:
-            drafted, beliefs = self._draft(token, place, min(length, new - made - 1), pick, cache, draft)
-            logits = self._pass([token, *drafted], place, cache, last=len(drafted) + 1)
+            place, token = self.passed, self.ids[-1]  # of the one token that has passed neither reader
+            drafted, beliefs = self._draft(token, place, min(length, new - made - 1), pick, draft)
+            logits = self._pass([token, *drafted], place, last=len(drafted) + 1)
             accepted, following = pick.verify(drafted, beliefs, logits)
-            self.speculation.drafted += len(drafted)
-            self.speculation.accepted += accepted
-            self.speculation.passes += 1
+            self.passed = place + accepted + 1
+            done.drafted, done.accepted, done.passes = done.drafted + len(drafted), done.accepted + accepted, done.passes + 1
             length = min(length + 2, MOST_DRAFTED) if accepted == len(drafted) else max(1, (length + accepted + 1) // 2)
             for found in [*drafted[:accepted], following][: new - made]:
-                yield found
                 made += 1
-            token, place = following, place + accepted + 1
+                done.made += 1
+                yield found
 
-    def _draft(self, token: int, place: int, count: int, pick: "_Picker", cache: Cache, draft: BitPlan) -> tuple[list[int], list[Tensor]]:
+    def _draft(self, token: int, place: int, count: int, pick: "_Picker", draft: BitPlan) -> tuple[list[int], list[Tensor]]:
         """(tokens that the narrow read would write, the probabilities that it drew them from)."""
         drafted: list[int] = []
         beliefs: list[Tensor] = []
         for index in range(count):
-            logits = self._pass([drafted[-1] if drafted else token], place + index, cache, draft)
+            logits = self._pass([drafted[-1] if drafted else token], place + index, draft)
             beliefs.append(pick.probabilities(logits[-1]))
             drafted.append(pick.token(beliefs[-1]))
         return drafted, beliefs

@@ -26,6 +26,10 @@ class InputError(MatquantError):
     exit_code = 3
 
 
+class UnservedError(InputError):
+    """A checkpoint that transformers can read and the engine cannot."""
+
+
 class PlanError(InputError):
     """A plan names layers or widths that the checkpoint does not have."""
 

@@ -19,10 +19,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from matquant.checkpoint import Checkpoint
+from matquant.checkpoint import Checkpoint, choose
 from matquant.checkpoint.format import value_problem
 from matquant.codes import planes_needed
-from matquant.errors import CheckpointError, InputError, PlanError, choices
+from matquant.errors import CheckpointError, InputError
 from matquant.linear import NestedLinear
 from matquant.plan import BitPlan
 
@@ -64,25 +64,6 @@ class MatquantConfig(QuantizationConfigMixin):
 
 def _plan_from(bits: Any) -> int | BitPlan | None:
     return BitPlan(bits["default"], bits["layers"]) if isinstance(bits, Mapping) else bits
-
-
-def choose(checkpoint: Checkpoint, bits: int | BitPlan | None, keep: int | None) -> tuple[BitPlan, int]:
-    """(plan to read at, widest width to load). Raises PlanError or MissingPlanesError."""
-    offered = checkpoint.layout.widths
-    checkpoint.check_widths(min(offered))
-    if keep is not None and keep not in offered:
-        raise PlanError(f"keep is {keep}; {choices(keep, offered)}")
-    if bits is None:
-        keep = max(checkpoint.widths) if keep is None else keep
-        bits = min(checkpoint.bits, keep)
-    plan = BitPlan(bits) if isinstance(bits, int) else bits
-    plan.check(checkpoint.modules, offered)
-    used = max(plan.bits(name) for name in checkpoint.modules)
-    keep = used if keep is None else keep
-    if used > keep:
-        raise PlanError(f"keep is {keep}, but {used} bits are to be read; give keep={used} or more")
-    checkpoint.check_widths(keep)
-    return plan, keep
 
 
 class MatquantHfQuantizer(HfQuantizer):

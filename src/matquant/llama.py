@@ -2,22 +2,31 @@
 
 A model is served if its blocks have the parts of `PARTS` below and if a small random model of the same configuration gives the same logits
 through csrc/step.cpp as through transformers. So whatever an architecture adds (a cap on logits, a scaled embedding, another norm) is noticed
-by what it does.
+by what it does. What comes of it is `Served`, plain data: the model is then packed and run without transformers, whose modules alone would take as much
+memory as a small model. So where transformers is not loaded yet, a process of its own examines the configuration (`python -m matquant.llama DIR`), once: its answer is kept in
+~/.cache/matquant.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from matquant.checkpoint.files import replace_whole
 from matquant.codes import Grid, fit_grid, nearest_code
-from matquant.errors import InputError
+from matquant.errors import InputError, ResourceError, UnservedError
 from matquant.kernels import cpu
 from matquant.kernels.step import Block, Geometry, Stepper
 from matquant.weight import NestedWeight
@@ -30,26 +39,100 @@ NORMS = {"norm_in": "input_layernorm", "norm_mid": "post_attention_layernorm"}
 HEAD_NORMS = {"norm_q": "self_attn.q_norm", "norm_k": "self_attn.k_norm"}
 ACTS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 STATIC_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long a text is
+AT_ONCE = 2**17  # weights that are rounded at a time: their floats stay in a second-level cache
 TRIAL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
 
-Weights = Callable[[str], NestedWeight]  # a layer's name -> its weight
+Packed = Callable[[str], cpu.PackedWeight]  # a layer's name -> its weight
 Tensors = Callable[[str], Tensor]  # a parameter's name -> its values
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where the parts of a model are. blocks: the list's name. longest: positions a text may have."""
+class Served:
+    """A model that is served. blocks: name of their list, `count` of them. longest: positions a text may have. norm, embedding, head: names.
 
-    model: Any
+    biased: the PARTS that have a bias. normed: the HEAD_NORMS that there are.
+    """
+
     blocks: str
+    count: int
     longest: int
+    norm: str
+    embedding: str
+    head: str
+    biased: tuple[str, ...]
+    normed: tuple[str, ...]
+    geometry: Geometry
 
     def name(self, block: int, part: str) -> str:
         return f"{self.blocks}.{block}.{PARTS[part]}"
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"geometry": {**vars(self.geometry), "inv_freq": self.geometry.inv_freq.tolist()}})
+
+    @staticmethod
+    def from_json(text: str) -> "Served":
+        found = json.loads(text)
+        geometry = Geometry(**(found["geometry"] | {"inv_freq": torch.tensor(found["geometry"]["inv_freq"])}))
+        return Served(**(found | {"biased": tuple(found["biased"]), "normed": tuple(found["normed"]), "geometry": geometry}))
+
+
+def examine(folder: Path) -> Served:
+    """What is served of the model of a checkpoint. Raises InputError, and UnservedError for a model that cannot be served."""
+    skeleton = skeleton_of(folder)
+    served = served_of(skeleton)
+    try_out(skeleton.config)
+    return served
+
+
+def served(folder: Path) -> Served:
+    """As `examine`, by a process of its own where transformers is not loaded; what was found is kept for the next time."""
+    if "transformers.modeling_utils" in sys.modules:
+        return examine(folder)
+    known = _known(folder)
+    if known.is_file():
+        return Served.from_json(known.read_text())
+    command, environment = [sys.executable, "-m", "matquant.llama", str(folder)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment)
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode in REFUSALS:
+        raise REFUSALS[done.returncode](last)
+    if done.returncode:
+        raise ResourceError(f"the process that examines {folder} ended with {done.returncode} ({last}); is there enough memory?")
+    found = Served.from_json(answer := done.stdout.splitlines()[-1])
+    with suppress(OSError):  # a home that cannot be written to
+        known.parent.mkdir(parents=True, exist_ok=True)
+        replace_whole(known, answer.encode())
+    return found
+
+
+def _known(folder: Path) -> Path:
+    """Where an answer is kept: it depends on the configuration, on the kernels and on what they were compared with, and on nothing else."""
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": None}
+    kernels = sorted(Path(cpu.__file__).parent.glob("libmatquant.*"))
+    parts = [json.dumps(config, sort_keys=True), *(version(name) for name in ("matquant", "transformers", "torch")), cpu.isas()[0]]
+    digest = hashlib.sha256("\n".join(parts).encode() + b"".join(path.read_bytes() for path in kernels)).hexdigest()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "matquant" / f"served-{digest[:32]}.json"
+
+
+REFUSALS = {10: UnservedError, 11: InputError}  # exit codes of the process
+
+
+def main(folder: str) -> int:
+    """The process."""
+    try:
+        sys.stdout.write(examine(Path(folder)).to_json() + "\n")
+        return 0
+    except (UnservedError, InputError) as error:
+        sys.stderr.write(f"{error}\n")
+        return next(code for code, kind in REFUSALS.items() if isinstance(error, kind))
+
 
 def skeleton_of(folder: Path) -> Any:
     """The model of a checkpoint without values. Raises InputError."""
+    import transformers
+    from accelerate import init_empty_weights
+
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         if hasattr(config, "quantization_config"):
@@ -60,25 +143,43 @@ def skeleton_of(folder: Path) -> Any:
         raise InputError(f"{folder} cannot be built from its config.json ({str(error).splitlines()[0]}); fetch it again") from None
 
 
-def plan_of(skeleton: Any) -> Plan:
-    """Raises InputError for a model that cannot be served, and says why."""
+def served_of(skeleton: Any) -> Served:
+    """Raises UnservedError for a model that cannot be served, and says why."""
     config, base = skeleton.config, skeleton.base_model
     kind = type(skeleton).__name__
     blocks = getattr(base, "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not all(_has(blocks[0], name) for name in (*PARTS.values(), *NORMS.values())):
-        raise InputError(f"the engine serves models of Llama's shape, and {kind} has other parts; use matquant.from_pretrained")
+        raise UnservedError(f"the engine serves models of Llama's shape, and {kind} has other parts; use matquant.from_pretrained")
     if (act := _act(config)) not in ACTS:
-        raise InputError(f"the engine knows the activations {', '.join(ACTS)}, not {act!r}; use matquant.from_pretrained")
+        raise UnservedError(f"the engine knows the activations {', '.join(ACTS)}, not {act!r}; use matquant.from_pretrained")
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotary not in STATIC_ROTARY:
-        raise InputError(f"the engine has no {rotary} positions, only {', '.join(STATIC_ROTARY)}; use matquant.from_pretrained")
-    prefix = next(name for name, module in skeleton.named_modules() if module is blocks)
+        raise UnservedError(f"the engine has no {rotary} positions, only {', '.join(STATIC_ROTARY)}; use matquant.from_pretrained")
+    names = {id(module): name for name, module in skeleton.named_modules()}
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return Plan(skeleton, prefix, min(filter(None, (config.max_position_embeddings, window))))
+    first: Any = blocks[0]
+    turned: Any = base.rotary_emb
+    geometry = Geometry(
+        config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads, first.self_attn.head_dim,
+        config.vocab_size, ACTS[act], config.rms_norm_eps, first.self_attn.scaling, turned.attention_scaling, turned.inv_freq.detach().float(),
+    )  # fmt: skip
+    return Served(
+        blocks=names[id(blocks)],
+        count=len(blocks),
+        longest=min(filter(None, (config.max_position_embeddings, window))),
+        norm=f"{names[id(blocks)].rpartition('layers')[0]}norm.weight",
+        embedding=names[id(skeleton.get_input_embeddings())],
+        head=names[id(skeleton.get_output_embeddings())],
+        biased=tuple(part for part in PARTS if first.get_submodule(PARTS[part]).bias is not None),
+        normed=tuple(name for name, path in HEAD_NORMS.items() if _has(first, path)),
+        geometry=geometry,
+    )
 
 
 def try_out(config: Any) -> None:
-    """Raise InputError unless a small random model of this configuration is computed as transformers computes it."""
+    """Raise UnservedError unless a small random model of this configuration is computed as transformers computes it."""
+    import transformers
+
     small = copy.deepcopy(config)
     for name, value in TRIAL.items():
         setattr(small, name, value)
@@ -99,9 +200,7 @@ def try_out(config: Any) -> None:
     weights = {name: rounded(module.weight.data, grid) for name, module in linears.items()}
     for name, module in linears.items():
         module.weight.data = weights[name].read(8).dense()
-    plan = plan_of(model)
-    head = next(weights[name] for name, module in linears.items() if module is model.get_output_embeddings())
-    stepper = stepper_of(plan, weights.__getitem__, model.get_parameter, dict.fromkeys(range(2), (8,)), head)
+    stepper = stepper_of(served_of(model), lambda name: cpu.pack(weights[name], (8,)), model.get_parameter)
     widths, places = stepper.widths([dict.fromkeys(PARTS, 8)] * 2), torch.arange(9)
     x = model.get_input_embeddings().weight.data[ids[0]]
     got = stepper.step(widths, x, torch.zeros_like(places), places, stepper.cache(1, 9), places, exact=True)
@@ -109,38 +208,48 @@ def try_out(config: Any) -> None:
         want = model(ids).logits[0]
     if not torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max())):
         apart = float((got - want).abs().max() / want.abs().max())
-        raise InputError(f"the engine computes {type(model).__name__} wrongly (logits {apart:.1g} apart in a trial); use matquant.from_pretrained")
+        raise UnservedError(f"the engine computes {type(model).__name__} wrongly (logits {apart:.1g} apart in a trial); use matquant.from_pretrained")
 
 
-def stepper_of(
-    plan: Plan, weights: Weights, tensors: Tensors, widths: Mapping[int, tuple[int, ...]], head: NestedWeight, isa: str | None = None
-) -> Stepper:
-    """The model, packed layer by layer. widths: that each block is to be read at."""
-    model, config = plan.model, plan.model.config
-    base, first = model.base_model, model.base_model.layers[0]
-    prefix = plan.blocks.rpartition("layers")[0]
+def stepper_of(served: Served, packed: Packed, tensors: Tensors) -> Stepper:
+    """The model, of packed weights."""
     blocks: list[Block] = []
-    for index in range(len(base.layers)):
-        packed = {part: cpu.pack(weights(plan.name(index, part)), widths[index], isa) for part in PARTS}
-        biases = {part: tensors(f"{plan.name(index, part)}.bias") for part in PARTS if first.get_submodule(PARTS[part]).bias is not None}
-        norms = {name: tensors(f"{plan.blocks}.{index}.{path}.weight") for name, path in NORMS.items()}
-        norms |= {name: tensors(f"{plan.blocks}.{index}.{path}.weight") for name, path in HEAD_NORMS.items() if _has(first, path)}
-        blocks.append(Block(packed, biases, **norms))
-    rotary = base.rotary_emb
-    geometry = Geometry(
-        config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads, first.self_attn.head_dim,
-        len(head.codes), ACTS[_act(config)], config.rms_norm_eps, first.self_attn.scaling, rotary.attention_scaling, rotary.inv_freq.detach(),
-    )  # fmt: skip
-    return Stepper(geometry, blocks, tensors(f"{prefix}norm.weight"), cpu.pack(head, (head.grid.bits,), isa))
+    for index in range(served.count):
+        weights = {part: packed(served.name(index, part)) for part in PARTS}
+        biases = {part: tensors(f"{served.name(index, part)}.bias") for part in served.biased}
+        paths = NORMS | {name: HEAD_NORMS[name] for name in served.normed}
+        blocks.append(Block(weights, biases, **{name: tensors(f"{served.blocks}.{index}.{path}.weight") for name, path in paths.items()}))
+    head = packed(served.head)
+    return Stepper(replace(served.geometry, vocabulary=head.shape[0]), blocks, tensors(served.norm), head)
 
 
 def rounded(weight: Tensor, grid: Grid) -> NestedWeight:
     """A weight [out, in] rounded to nearest."""
-    size = weight.shape[1] // grid.groups(weight.shape[1])
-    grouped = weight.float().reshape(len(weight), -1, size)
-    scale, zero = fit_grid(grouped, grid, torch.float16)
-    t = grouped / scale[..., None] + (grid.center if zero is None else zero[..., None])
-    return NestedWeight(nearest_code(t, grid).reshape(weight.shape), scale.half(), None if zero is None else zero.to(torch.uint8), grid, "floor")
+    out, in_features = weight.shape
+    return rounded_rows(lambda first, end: weight[first:end], out, in_features, grid)
+
+
+def rounded_rows(rows: Callable[[int, int], Tensor], out: int, in_features: int, grid: Grid, pool: Executor | None = None) -> NestedWeight:
+    """The same of a weight whose rows from one to before another `rows` gives: no more than some are held as floats."""
+    groups = grid.groups(in_features)
+    codes = torch.empty(out, in_features, dtype=torch.uint8)
+    scales = torch.empty(out, groups, dtype=torch.float16)
+    zeros = None if grid.symmetric else torch.empty(out, groups, dtype=torch.uint8)
+    step = max(1, AT_ONCE // in_features)
+
+    def some(first: int) -> None:
+        own = slice(first, min(first + step, out))
+        grouped = rows(own.start, own.stop).float().reshape(own.stop - first, groups, -1)
+        scale, zero = fit_grid(grouped, grid, torch.float16)
+        t = grouped / scale[..., None] + (grid.center if zero is None else zero[..., None])
+        codes[own] = nearest_code(t, grid).reshape(-1, in_features)
+        scales[own] = scale.half()
+        if zeros is not None and zero is not None:
+            zeros[own] = zero.to(torch.uint8)
+
+    for _ in (pool.map if pool else map)(some, range(0, out, step)):
+        pass
+    return NestedWeight(codes, scales, zeros, grid, "floor")
 
 
 def _act(config: Any) -> Any:
@@ -154,3 +263,7 @@ def _has(module: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

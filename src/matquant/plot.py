@@ -1,4 +1,4 @@
-"""Quality against size, and errors along the depth of the model, as SVG. Needs matplotlib (pip install 'matquant[plot]'); nothing else does."""
+"""Quality against size, errors along the depth of the model, and speed, as SVG. Needs matplotlib (pip install 'matquant[plot]'); nothing else does."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -79,6 +79,33 @@ def errors_svg(layers: Sequence[LayerReport], outputs: Sequence[Mapping[int, flo
             _depth_panel(axes[1], outputs, "-", "relative error of each block's output")
             axes[1].set_xlabel("block")
         return as_svg(figure, "Errors along the depth of the model")
+
+
+def speed_figure(decode: Mapping[int, float], prefill: Mapping[int, float], drafts: Mapping[int, float], kind: str) -> bytes:
+    """Tokens a second against the read width, as "svg" or "png"; drafts: of decoding at the widest, by draft width. Needs matplotlib."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT * 2), layout="constrained", facecolor="white")
+        panels = {"decoding, tokens a second": decode, "prefill, tokens a second": prefill}
+        for axes, (title, rates) in zip(figure.subplots(2, 1, sharex=True), panels.items(), strict=True):
+            axes.plot(list(rates), list(rates.values()), "o-", color=COLOR, linewidth=1.2, markersize=4.5)
+            axes.set_ylim(bottom=0)
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.grid(color="#dddddd", linewidth=0.6)
+            axes.set_axisbelow(True)
+        for bits, rate in drafts.items():
+            place = (max(decode), rate)
+            figure.axes[0].scatter(*place, edgecolors=COLOR, facecolors="white", s=22, zorder=3)
+            figure.axes[0].annotate(f"drafted at {bits}", place, xytext=(-5, 4), textcoords="offset points", ha="right", color=COLOR)
+        figure.axes[1].set_xticks(list(decode))
+        figure.axes[1].set_xlabel("read width, bits")
+        if kind == "svg":
+            return as_svg(figure, "Speed at every width")
+        content = BytesIO()
+        figure.savefig(content, format=kind, dpi=150)
+        return content.getvalue()
 
 
 def _depth_panel(axes: "Axes", rows: Sequence[Mapping[int, float | None]], style: str, title: str = "") -> None:

@@ -4,10 +4,12 @@ files.py      bounded reads, safe names, sha256, MANIFEST.json
 format.py     what stands in a version 1 checkpoint: config keys, tensor names, shapes, dtypes, allowed values
 writing.py    module_tensors, quantization_config, write
 reading.py    Checkpoint: headers first, tensors on demand
+choosing.py   which widths to read and to hold
 checking.py   verify and describe
 """
 
 from matquant.checkpoint.checking import Description, describe, verify
+from matquant.checkpoint.choosing import choose
 from matquant.checkpoint.reading import Checkpoint, nested_weight
 from matquant.checkpoint.writing import add_files, module_tensors, quantization_config, write, writing_error
 
@@ -15,6 +17,7 @@ __all__ = [
     "Checkpoint",
     "Description",
     "add_files",
+    "choose",
     "describe",
     "module_tensors",
     "nested_weight",

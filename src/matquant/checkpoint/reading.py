@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ from matquant.recipe import Recipe
 from matquant.weight import NestedWeight, Refit
 
 MAX_TENSORS = 200_000
+STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Checkpoint:
     _needs: Mapping[str, int] = field(repr=False)
     _handles: Mapping[str, Any] = field(repr=False, compare=False)
     _sound: set[str] = field(repr=False, compare=False)  # weight files whose sha256 has been compared
+    _headers: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict[str, tuple[int, dict[str, Any]]], repr=False, compare=False)
 
     @staticmethod
     def open(folder: Path | str, *, checksums: bool = True) -> "Checkpoint":
@@ -123,10 +134,10 @@ class Checkpoint:
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    def read(self, name: str, bits: int | None = None) -> NestedWeight:
+    def read(self, name: str, bits: int | None = None, narrower: bool = False) -> NestedWeight:
         """One module: the planes (and the one refit) that a `bits`-wide read needs; None = all planes and refits here.
 
-        A weight read for some bits is meant for that width alone: it lacks the refits of the others.
+        A weight read for some bits is meant for that width alone: it lacks the refits of the others, unless `narrower` ones are wanted too.
         Raises InputError, MissingPlanesError, CheckpointError.
         """
         if name not in self.modules:
@@ -136,7 +147,7 @@ class Checkpoint:
             planes, refits = self.planes, [r for r in self.layout.refit_widths if self._planes_for(r) <= self.planes]
         else:
             self.check_widths(bits)
-            planes, refits = self._planes_for(bits), [r for r in self.layout.refit_widths if r == bits]
+            planes, refits = self._planes_for(bits), [r for r in self.layout.refit_widths if r == bits or (narrower and r < bits)]
         return nested_weight(lambda suffix: self._value(name, suffix), self.layout, self.modules[name].in_features, planes, refits)
 
     @property
@@ -160,12 +171,41 @@ class Checkpoint:
         except (SafetensorError, RuntimeError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.folder / file}: cannot read {name}: {error}") from None
 
+    def rows(self, name: str, first: int = 0, end: int | None = None) -> Tensor:
+        """Rows of one stored tensor as a copy, where `tensor` maps the file and keeps what has been looked at in memory. Raises as `tensor`."""
+        file = self.index[name]
+        if file in self.missing:
+            raise MissingPlanesError(f"{name} is in {file}, which is not in {self.folder}; fetch it")
+        self._check_file(file)
+        try:
+            dtype, shape, begin = self._place(file, name)
+            row = prod(shape[1:]) * dtype.itemsize
+            end = shape[0] if end is None else min(end, shape[0])
+            found = torch.empty((end - first, *shape[1:]), dtype=dtype)
+            with open(locate(self.folder, file), "rb") as handle:
+                handle.seek(begin + first * row)
+                got = handle.readinto(found.view(-1).view(torch.uint8).numpy()) if found.numel() else 0  # type: ignore[arg-type]
+            if got != found.nbytes:
+                raise ValueError(f"the file ends after {got} of {found.nbytes} bytes")
+            return found
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.folder / file}: cannot read {name}: {error}") from None
+
+    def _place(self, file: str, name: str) -> tuple[torch.dtype, list[int], int]:
+        """(dtype, shape, first byte in the file) of a tensor, by the header that the safetensors library has found valid."""
+        if file not in self._headers:
+            with open(locate(self.folder, file), "rb") as handle:
+                length = int.from_bytes(handle.read(8), "little")
+                self._headers[file] = length, json.loads(handle.read(length))
+        length, header = self._headers[file]
+        return STORED[header[name]["dtype"]], header[name]["shape"], 8 + length + header[name]["data_offsets"][0]
+
     def problem(self, name: str, suffix: str) -> str | None:
         """What is wrong with the values of NAME.suffix; None if nothing is."""
         return value_problem(suffix, self.tensor(f"{name}.{suffix}"), self.modules[name].in_features, self.layout)
 
     def _value(self, name: str, suffix: str) -> Tensor:
-        tensor = self.tensor(f"{name}.{suffix}")
+        tensor = self.rows(f"{name}.{suffix}")
         if problem := value_problem(suffix, tensor, self.modules[name].in_features, self.layout):
             raise CheckpointError(f"{self.folder}: {name}.{suffix} {problem}; the checkpoint is damaged, fetch it again")
         return tensor

@@ -9,18 +9,10 @@ from typing import Any
 
 import typer
 
-from matquant.errors import CheckpointError, RecipeError
-
-FOLDER = typer.Argument(..., metavar="DIR", help="a matquant checkpoint", show_default=False)
-SOURCE = typer.Argument(..., metavar="DIR", help="a matquant checkpoint: a folder, or a Hugging Face id", show_default=False)
-JSON = typer.Option(False, "--json", help="print JSON for machines on stdout, and nothing else")
-DEVICE = typer.Option("cpu", metavar="DEVICE", help="where to compute, for instance cpu or cuda:0")
-DTYPE = typer.Option("float32", metavar="DTYPE", help="type of activations: float32, bfloat16 or float16")
-REMOTE = typer.Option(False, "--trust-remote-code", help="run the model's own Python code; read it first")
-GGUF = typer.Option(None, "--gguf-file", metavar="NAME", help="name of a GGUF file inside the model's folder", show_default=False)
-PLAN_HELP = 'JSON file {"default": bits, "layers": {name: bits}}'
-PLAN = typer.Option(None, "--plan", metavar="FILE", help=PLAN_HELP, show_default=False)
-PLANS = typer.Option(None, "--plan", metavar="FILE", help=PLAN_HELP + "; may be given again", show_default=False)
+from matquant.cli.bench import bench
+from matquant.cli.chat import chat
+from matquant.cli.options import BITS, DEVICE, DRAFT, DTYPE, FOLDER, GGUF, HEAD, JSON, PLAN, PLANS, REMOTE, SOURCE, THREADS
+from matquant.errors import CheckpointError
 
 
 def quantize(
@@ -94,23 +86,24 @@ def evaluate(
 def generate(
     folder: str = SOURCE,
     prompt: str = typer.Argument(..., metavar="PROMPT", help="text to continue", show_default=False),
-    bits: int | None = typer.Option(None, help="read width", show_default="the checkpoint's"),
+    bits: int | None = BITS,
     plan: Path | None = PLAN,
+    draft_bits: int | None = DRAFT,
     max_new_tokens: int = typer.Option(64, min=1, help="tokens to add at most"),
     temperature: float = typer.Option(0.0, min=0.0, help="0 = greedy"),
     seed: int = typer.Option(0, help="of sampling"),
+    threads: int | None = THREADS,
+    head_bits: int = HEAD,
     device: str = DEVICE,
     dtype: str = DTYPE,
     as_json: bool = JSON,
 ) -> None:
     """Continue a prompt at one width or plan."""
-    from matquant.cli import run, show
-    from matquant.plan import BitPlan
+    from matquant.cli import show, writing
 
-    if bits is not None and plan is not None:
-        raise RecipeError("--bits and --plan both say at which width to read; give one")
-    width = bits if plan is None else BitPlan.load(plan)
-    show.completion(run.complete(folder, width, prompt, max_new_tokens, temperature, seed, device, dtype), as_json)
+    where = writing.Where(folder, writing.width(bits, plan), draft_bits, device, dtype, threads, head_bits)
+    how = writing.How(max_new_tokens, temperature, seed)
+    show.completion(writing.complete(where, prompt, how, show.Stream(as_json)), as_json)
 
 
 def inspect(folder: Path = FOLDER, as_json: bool = JSON) -> None:
@@ -144,6 +137,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
+    "bench": bench,
     "inspect": inspect,
     "verify": verify,
     "doctor": doctor,

@@ -1,8 +1,7 @@
-"""What `eval` and `generate` do with a checkpoint: load it, tokenize, measure or continue a text."""
+"""What `eval` does with a checkpoint, and what all commands do: load it, tokenize, measure."""
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,6 @@ if TYPE_CHECKING:
     from matquant.plan import BitPlan
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """bits: the width, or what tables call the plan. seconds: of generation alone, loading not counted."""
-
-    bits: int | str
-    prompt: str
-    text: str
-    tokens: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -87,31 +72,6 @@ def load_tokenizer(folder: str) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder} has no usable tokenizer ({reason}); copy the original model's tokenizer files into it") from None
-
-
-def complete(folder: str, bits: "int | BitPlan | None", prompt: str, new: int, temperature: float, seed: int, device: str, dtype: str) -> Completion:
-    """Continue `prompt` by at most `new` tokens: weights made dense once, then ordinary generation; greedy at temperature 0."""
-    import torch
-    import transformers
-
-    model, tokenizer = load_model(folder, bits, device, dtype), load_tokenizer(folder)
-    label = plan_label(bits, model)
-    model = model.dequantize()
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    if ids.numel() == 0:
-        raise InputError("the prompt has no tokens; give some text")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    transformers.set_seed(seed)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=_pad(tokenizer), **sampling)
-    seconds = time.perf_counter() - started
-    added = out[0, ids.shape[1] :]
-    return Completion(label, prompt, tokenizer.decode(added, skip_special_tokens=True), len(added), round(seconds, 3))
-
-
-def _pad(tokenizer: Any) -> int | None:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def plan_label(bits: "int | BitPlan | None", model: Any) -> int | str:

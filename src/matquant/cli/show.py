@@ -16,7 +16,7 @@ from rich.text import Text
 
 from matquant import doctor
 from matquant.checkpoint import Description
-from matquant.cli.run import Completion
+from matquant.cli.writing import Completion
 from matquant.evaluate import Protocol, Row
 from matquant.report import Report, Table, layer_rows, overflow_words, quality_rows, size, skipped_rows, tuned_words
 
@@ -108,11 +108,31 @@ def problems(folder: Path, found: Sequence[str], as_json: bool) -> None:
     say(*found) if found else say(f"{folder} is sound")
 
 
+class Stream:
+    """Text on a terminal as it comes. Elsewhere, and where JSON is wanted, nothing comes early."""
+
+    def __init__(self, as_json: bool = False, always: bool = False) -> None:
+        self.shows = always or (sys.stdout.isatty() and not as_json)
+
+    def __call__(self, text: str) -> None:
+        if self.shows:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
 def completion(result: Completion, as_json: bool) -> None:
     if as_json:
         return emit(result.to_dict())
-    say(result.prompt + result.text)
-    sys.stderr.write(f"{result.bits} bits: {result.tokens} tokens in {result.seconds:.1f} s\n")
+    say("" if Stream().shows else result.prompt + result.text)
+    rate = f", {result.tokens / result.seconds:.1f} tokens/s" if result.seconds else ""
+    sys.stderr.write(f"{result.bits} bits: {result.tokens} tokens in {result.seconds:.1f} s{rate}\n")
+    if result.draft_bits is not None:
+        sys.stderr.write(drafting(result.draft_bits, result.acceptance, result.tokens_per_pass) + "\n")
+
+
+def drafting(bits: int, acceptance: float | None, per_pass: float | None) -> str:
+    """What drafting brought, in words."""
+    return f"drafted at {bits} bits: {acceptance or 0:.0%} accepted, {per_pass or 0:.2f} tokens a pass of the verifier"
 
 
 def facts(found: Mapping[str, Any], as_json: bool) -> None:
