@@ -116,7 +116,7 @@ def measure(folder: Path, setting: Setting, progress: Callable[[str, int, int], 
     if (total := setting.prompt_tokens + setting.new_tokens) > engine.capacity:
         raise InputError(f"{total} tokens are more than the {engine.capacity} there is room for; ask for fewer (--prompt-tokens, --new-tokens)")
     before = bandwidth(threads)
-    prompt = _prompt(engine, setting.prompt_tokens)
+    prompt = prompt_of(engine, setting.prompt_tokens)
     plain, drafted = _runs(engine, prompt, setting, progress)
     latency = tuple(_latency(engine, setting.widths, threads, progress))
     gb_s = median([before, bandwidth(threads)])
@@ -137,7 +137,7 @@ def measure(folder: Path, setting: Setting, progress: Callable[[str, int, int], 
 # --- texts ----------------------------------------------------------------------------------------------------------
 
 
-def _prompt(engine: Engine, count: int) -> list[int]:
+def prompt_of(engine: Engine, count: int) -> list[int]:
     """Tokens that the model writes at its widest, behind the one that begins a text."""
     config = engine.checkpoint.config
     first = next((config[name] for name in ("bos_token_id", "eos_token_id") if isinstance(config.get(name), int)), 0)
@@ -154,18 +154,18 @@ def _runs(
         progress("decoding", repeat, setting.repeats)
         for bits, (decode, prefill) in plain.items():
             engine.set_bits(bits)
-            first, rest = _times(engine, prompt, setting.new_tokens)
+            first, rest = times_of(engine, prompt, setting.new_tokens)
             decode.append((setting.new_tokens - 1) / rest)
             prefill.append(len(prompt) / first)
         engine.set_bits(max(setting.widths))
         for bits, (decode, done) in drafted.items():
             engine.speculation = done
-            decode.append((setting.new_tokens - 1) / _times(engine, prompt, setting.new_tokens, bits)[1])
+            decode.append((setting.new_tokens - 1) / times_of(engine, prompt, setting.new_tokens, bits)[1])
     progress("decoding", setting.repeats, setting.repeats)
     return plain, drafted
 
 
-def _times(engine: Engine, prompt: Sequence[int], new: int, draft: int | None = None) -> tuple[float, float]:
+def times_of(engine: Engine, prompt: Sequence[int], new: int, draft: int | None = None) -> tuple[float, float]:
     """Seconds to the first token, and from there to the last. Greedy."""
     started = time.perf_counter()
     tokens = engine.generate(prompt, new, draft_bits=draft)
