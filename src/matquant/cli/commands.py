@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from matquant.cli.tune import tune
 from matquant.errors import CheckpointError, RecipeError
 
 FOLDER = typer.Argument(..., metavar="DIR", help="a matquant checkpoint", show_default=False)
@@ -147,4 +148,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "verify": verify,
     "doctor": doctor,
+    "tune": tune,
 }

@@ -13,7 +13,7 @@ registers of eight.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ Recorder = Callable[[Callable[[], None]], Replay]
 WARMUPS = 2  # runs before a capture: kernels are compiled and libraries initialised there, which a capture does not allow
 
 
+@runtime_checkable  # by pytest's shape checker
 class Layer(Protocol):
     """What is asked of a layer; a NestedLinear after `tile` has it."""
 

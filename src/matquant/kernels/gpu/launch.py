@@ -12,6 +12,7 @@ from matquant.kernels.gpu.table import Config
 
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 REPACK_ROWS = 64  # rows of one program
+FUSED = {"enable_fp_fusion": True}  # a product and a sum are one instruction; Triton's default is about to change
 ADD_BLOCK = 256  # outputs of one program of add_splits
 DENSE_ROWS = 64
 
@@ -22,7 +23,7 @@ def tile_plane(words: Tensor, upper: Tensor, lower: Tensor | None, found: Blocki
     grid = (triton.cdiv(rows, REPACK_ROWS), found.tiles)
     jit.tile_plane[grid](
         words, upper, lower, rows, row_bytes, found.groups, found.tiles, PAIR=words.ndim == 4, GROUP=found.group, PADDED=found.padded,
-        BLOCK_N=REPACK_ROWS,
+        BLOCK_N=REPACK_ROWS, **FUSED,
     )  # fmt: skip
 
 
@@ -56,10 +57,11 @@ def product(
     kernel[grid](
         x, into, *planes, *[None] * (5 - len(planes)), scale, fit, zero, bias if splits == 1 else None, tokens, out, in_features, found.groups,
         found.tiles, per_split, **_read(of), GROUP=found.group, PADDED=found.padded, APPLY=found.apply, BLOCK_M=block_m, BLOCK_N=config.block_n,
-        PARTIAL=splits > 1, STAGES=config.stages, **own, num_warps=config.warps, num_stages=config.stages,
+        PARTIAL=splits > 1, STAGES=config.stages, **own, **FUSED, num_warps=config.warps,
+        num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
-        jit.add_splits[(triton.cdiv(out, ADD_BLOCK), tokens)](into, y, bias, splits, tokens, out, BLOCK=ADD_BLOCK)
+        jit.add_splits[(triton.cdiv(out, ADD_BLOCK), tokens)](into, y, bias, splits, tokens, out, BLOCK=ADD_BLOCK, **FUSED)
     return y
 
 
@@ -70,7 +72,7 @@ def dense(
     rows, in_features = w.shape
     jit.dense[(triton.cdiv(rows, DENSE_ROWS), found.tiles)](
         w, *planes, *[None] * (5 - len(planes)), scale, fit, zero, first, rows, in_features, found.groups, found.tiles, **_read(of),
-        GROUP=found.group, PADDED=found.padded, BLOCK_N=DENSE_ROWS,
+        GROUP=found.group, PADDED=found.padded, BLOCK_N=DENSE_ROWS, **FUSED,
     )  # fmt: skip
 
 
