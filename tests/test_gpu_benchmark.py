@@ -34,6 +34,7 @@ def tiny_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "COLD", 0)
     few = Config("dot", block_n=128, block_m=8, warps=4, stages=1)
     monkeypatch.setattr(table, "UNTUNED", ((1 << 20, few),))
+    monkeypatch.setattr(table, "GEMV_BATCH", 0)
     monkeypatch.setattr(tune, "candidates", lambda product: [few])
     table.forget()
 
@@ -78,7 +79,9 @@ def test_targets_and_tables_from_stored_rows(products: ModuleType) -> None:
     def row(kernel: str, bits: int, batch: int, us: float) -> dict[str, object]:
         return {"kernel": kernel, "bits": bits, "batch": batch, "us": us, "shape": "8192x8192", "bytes": 1}
 
-    results = products.Results([row("matquant", 2, 1, 8.0), row("matquant", 2, 16, 11.0), row("matquant", 2, 256, 90.0), row("bfloat16", 16, 256, 90.0)])
+    results = products.Results(
+        [row("matquant", 2, 1, 8.0), row("matquant", 2, 16, 11.0), row("matquant", 2, 256, 90.0), row("bfloat16", 16, 256, 90.0)]
+    )
     reached = products.targets(results)
     assert [(t["target"], t["met"]) for t in reached] == [(8.5, True), (1.3, False), (0.9, True)]
     assert "| 2 | batch 16 over batch 1, at most | 1.3 | 1.38 | no |" in products.shown(results, reached)

@@ -38,7 +38,8 @@ def test_the_shipped_table_is_sound_and_claims_nothing_unmeasured() -> None:
 
 def test_without_a_measurement_a_labelled_default_is_taken() -> None:
     assert [chosen(batch).kind for batch in (1, 2, 3, 16, 17, 64, 65, 4096)] == ["gemv", "gemv", "dot", "dot", "dot", "dot", "dense", "dense"]
-    assert table.choose(torch.device("cpu"), torch.float16, 4, 1, 64, 64, 64) == table.untuned(1)
+    assert chosen(batch=1, bits=4).kind == "gemv" and chosen(batch=1, bits=6).kind == "dot"
+    assert table.choose(torch.device("cpu"), torch.float16, 4, 1, 64, 64, 64) == table.untuned(4, 1)
 
 
 def test_nearest_measured_product(user_table: Path) -> None:
@@ -49,7 +50,7 @@ def test_nearest_measured_product(user_table: Path) -> None:
     assert chosen() == H200.config and chosen(out=5000) == H200.config and chosen(out=20000) == wide.config
     assert chosen(out=28672, dtype="float16") == half.config and chosen(out=28672, group=2048) == coarse.config
     assert chosen(batch=9) == H200.config  # the class of 16
-    assert chosen(batch=8) == table.untuned(8) and chosen(bits=3) == table.untuned(16)
+    assert chosen(batch=8) == table.untuned(2, 8) and chosen(bits=3) == table.untuned(3, 16)
 
 
 def test_a_table_is_extended_and_a_row_replaced(user_table: Path) -> None:
@@ -74,8 +75,10 @@ def test_where_the_users_table_is(monkeypatch: pytest.MonkeyPatch) -> None:
         ("[]", r"tuned.json is no table of configurations \(.*\); delete it or run matquant tune"),
         ("{", "tuned.json is no table of configurations"),
         ('{"rows": [{"gpu": "x"}]}', "a row of a tuned table has the fields batch, bits, .*; got .*; delete the file or run matquant tune"),
-        (json.dumps({"rows": [H200.to_dict() | {"config": {"kind": "dot", "size": 1}}]}), "is no configuration .*; delete the file or run matquant tune"),
-        (json.dumps({"rows": [H200.to_dict() | {"config": {"kind": "dots"}}]}), "kind is 'dots'; choose from gemv, dot, dense .*did you mean dot"),
+        (
+            json.dumps({"rows": [H200.to_dict() | {"config": {"kind": "dot", "size": 1}}]}),
+            "is no configuration .*; delete the file or run matquant tune",
+        ),
     ],
 )
 def test_a_damaged_table(user_table: Path, text: str, message: str) -> None:
@@ -87,6 +90,8 @@ def test_a_damaged_table(user_table: Path, text: str, message: str) -> None:
 def test_configurations_are_checked() -> None:
     with pytest.raises(InputError, match="block_n is 48; allowed: powers of two"):
         Config("dot", block_n=48)
+    with pytest.raises(InputError, match="run is 3; allowed: powers of two"):
+        Config("dot", run=3)
     with pytest.raises(InputError, match="is no configuration; allowed: run 1, 2 or 4, split_k and stages from 1, rows from 0"):
         Config("dot", split_k=0)
 
@@ -99,7 +104,7 @@ def test_batch_classes() -> None:
 def test_candidates(batch: int) -> None:
     found = list(tune.candidates(Product(4, batch, 4096, 4096, 128)))
     kinds = {config.kind for config in found}
-    assert found[0] == table.untuned(batch) and len(found) < 60
+    assert found[0] == table.untuned(4, batch) and len(found) < 60
     assert ("gemv" in kinds) == (batch <= 8) and ("dense" in kinds) == (batch >= 32)
 
 

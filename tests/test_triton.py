@@ -206,13 +206,13 @@ def test_magic_numbers_of_bfloat16() -> None:
     words = (torch.arange(16, dtype=torch.int32) * 0x11111111).to(DEVICE)
     for place in range(8):
         out = torch.zeros(2, 16, dtype=torch.bfloat16, device=DEVICE)
-        _numbers[(1,)](words, out, I=place, PAIRS=True, num_warps=1)
+        _numbers[(1,)](words, out, PLACE=place, PAIRS=True, num_warps=1)
         assert torch.equal(out[0].float(), out[1].float())
         want = 1 + (words.cpu() >> 2 * (place % 2) & 3) / 4
         assert torch.equal(out[0].float().cpu(), want), place
     for place in range(4):
         out = torch.zeros(2, 16, dtype=torch.bfloat16, device=DEVICE)
-        _numbers[(1,)](words, out, I=place, PAIRS=False, num_warps=1)
+        _numbers[(1,)](words, out, PLACE=place, PAIRS=False, num_warps=1)
         assert torch.equal(out.float().cpu(), (1 + torch.arange(16) / 16).expand(2, 16)), place
 
 
@@ -220,13 +220,13 @@ _ones, _ones_of_pairs = jit._ones, jit._ones_of_pairs
 
 
 @triton.jit
-def _numbers(words, out, I: tl.constexpr, PAIRS: tl.constexpr):
+def _numbers(words, out, PLACE: tl.constexpr, PAIRS: tl.constexpr):
     at = tl.arange(0, 16)
     word = tl.load(words + at).to(tl.uint32, bitcast=True)
     if PAIRS:
-        even, odd = _ones_of_pairs(word, I, True)
+        even, odd = _ones_of_pairs(word, PLACE, True)
     else:
-        even, odd = _ones(word, I, True)
+        even, odd = _ones(word, PLACE, True)
     tl.store(out + at, even)
     tl.store(out + 16 + at, odd)
 

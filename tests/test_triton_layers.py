@@ -26,7 +26,7 @@ def some_layout(slicing: str = "floor", symmetric: bool = False) -> Layout:
 
 def some_layer(out: int = 24, columns: int = 64, seed: int = 0, bias: bool = True) -> NestedLinear:
     weight = some_weight(out, columns, Grid(8, 32, False, False), refits=(3, 2), seed=seed)
-    return NestedLinear.from_weight(weight, some_layout(), torch.linspace(-1, 1, out) if bias else None).to(DEVICE)
+    return NestedLinear.from_weight(weight, some_layout(), torch.linspace(-1, 1, out).to(DTYPE) if bias else None).to(DEVICE)
 
 
 def inputs(rows: int = 2, columns: int = 64) -> Tensor:
@@ -53,13 +53,13 @@ def test_a_tiled_layer_is_the_same_layer() -> None:
     assert layer.weight.dtype == torch.uint8 and layer.weight.device.type == DEVICE.type  # what model code asks of a layer
     want, got = plain.state_dict(), layer.state_dict()
     assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
-    fresh = NestedLinear(Shape(24, 64), some_layout(), bias=nn.Parameter(torch.zeros(24), requires_grad=False), device=DEVICE)
+    fresh = NestedLinear(Shape(24, 64), some_layout(), bias=nn.Parameter(torch.zeros(24, dtype=DTYPE), requires_grad=False), device=DEVICE)
     fresh.load_state_dict(got)
     assert torch.equal(fresh.weight, plain.weight)
 
 
 def test_the_kernel_is_called_unless_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, called = some_layer(), []
+    layer, called = some_layer(bias=False), []
     real = ops.linear
     monkeypatch.setattr(ops, "linear", lambda *given: called.append(given[2]) or real(*given))
     layer.set_bits(3)

@@ -122,7 +122,10 @@ def products(options: argparse.Namespace, results: Results, until: float) -> Non
                     results.rows.append({"kernel": name, "bits": bits, "us": measure(out, columns, batch, options)} | where)
                 except Exception as error:  # noqa: BLE001 - a peer that fails is no reason to lose our numbers
                     results.left_out.append(f"{name} on {where['shape']}: {type(error).__name__}: {str(error).splitlines()[:1]}")
-            print(*(f"{r['kernel']}-{r['bits']} {r['us']:.1f}" for r in results.rows if r["shape"] == where["shape"] and r["batch"] == batch), flush=True)
+            print(
+                *(f"{r['kernel']}-{r['bits']} {r['us']:.1f}" for r in results.rows if r["shape"] == where["shape"] and r["batch"] == batch),
+                flush=True,
+            )
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -138,7 +141,9 @@ def targets(results: Results) -> list[dict[str, Any]]:
         if one is not None and sixteen is not None:
             found.append({"bits": bits, "what": "batch 16 over batch 1, at most", "target": 1.3, "found": sixteen / one, "met": sixteen <= 1.3 * one})
         if many is not None and dense is not None:
-            found.append({"bits": bits, "what": "speed over dense at batch 256, at least", "target": 0.9, "found": dense / many, "met": dense >= 0.9 * many})
+            found.append(
+                {"bits": bits, "what": "speed over dense at batch 256, at least", "target": 0.9, "found": dense / many, "met": dense >= 0.9 * many}
+            )
     return found
 
 
@@ -181,7 +186,13 @@ def plot(results: Results, copy: float, path: Path) -> None:
         for kernel, bits in dict.fromkeys((r["kernel"], r["bits"]) for r in results.rows if r["shape"] == shape):
             points = sorted((r["batch"], r["us"]) for r in results.rows if (r["kernel"], r["bits"], r["shape"]) == (kernel, bits, shape))
             mine = kernel == "matquant"
-            axes.plot(*zip(*points, strict=True), marker="o", color=WIDTH_COLORS.get(bits) if mine else None, ls="-" if mine else ":", label=f"{kernel} {bits}")
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                color=WIDTH_COLORS.get(bits) if mine else None,
+                ls="-" if mine else ":",
+                label=f"{kernel} {bits}",
+            )
         for row in (r for r in results.rows if r["kernel"] == "matquant" and r["batch"] == 1 and r["shape"] == shape):
             axes.axhline(row["bytes"] / copy / 1e3, color=WIDTH_COLORS[row["bits"]], lw=0.5)
         axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="microseconds", title=f"{shape}; thin lines: its bytes at the speed of a copy")

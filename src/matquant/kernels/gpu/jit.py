@@ -77,12 +77,12 @@ def _halves(both, BFLOAT: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _ones(word, I: tl.constexpr, BFLOAT: tl.constexpr):
-    """Nibble I of both halves of `word` as two numbers 1 + nibble/16: (even column, odd column)."""
+def _ones(word, NIBBLE: tl.constexpr, BFLOAT: tl.constexpr):
+    """Nibble NIBBLE of both halves of `word` as two numbers 1 + nibble/16: (even column, odd column)."""
     if BFLOAT:
-        both = (_shift(word, 3 - 4 * I) & 0x00780078) | 0x3F803F80
+        both = (_shift(word, 3 - 4 * NIBBLE) & 0x00780078) | 0x3F803F80
     else:
-        both = (_shift(word, 6 - 4 * I) & 0x03C003C0) | 0x3C003C00
+        both = (_shift(word, 6 - 4 * NIBBLE) & 0x03C003C0) | 0x3C003C00
     return _halves(both, BFLOAT)
 
 

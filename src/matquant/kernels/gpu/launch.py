@@ -11,7 +11,7 @@ from matquant.kernels.gpu.layout import Blocking, Reading
 from matquant.kernels.gpu.table import Config
 
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-REPACK_ROWS = 64  # rows of one program
+REPACK_ROWS = 32  # rows of one program
 FUSED = {"enable_fp_fusion": True}  # a product and a sum are one instruction; Triton's default is about to change
 ADD_BLOCK = 256  # outputs of one program of add_splits
 DENSE_ROWS = 64
@@ -65,9 +65,7 @@ def product(
     return y
 
 
-def dense(
-    w: Tensor, first: int, planes: list[Tensor], scale: Tensor, fit: Tensor | None, zero: Tensor | None, of: Reading, found: Blocking
-) -> None:
+def dense(w: Tensor, first: int, planes: list[Tensor], scale: Tensor, fit: Tensor | None, zero: Tensor | None, of: Reading, found: Blocking) -> None:
     """Fill w [rows, in] with rows of the weight, from row `first` on."""
     rows, in_features = w.shape
     jit.dense[(triton.cdiv(rows, DENSE_ROWS), found.tiles)](

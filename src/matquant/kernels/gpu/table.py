@@ -81,7 +81,9 @@ class Row:
         """Raises InputError for a row that is none."""
         known = {field.name for field in fields(Row)} - {"in_features"} | {"in"}
         if not isinstance(values, Mapping) or set(values) != known:
-            raise InputError(f"a row of a tuned table has the fields {', '.join(sorted(known))}; got {values!r}; delete the file or run matquant tune")
+            raise InputError(
+                f"a row of a tuned table has the fields {', '.join(sorted(known))}; got {values!r}; delete the file or run matquant tune"
+            )
         rest = {name: value for name, value in values.items() if name not in ("in", "config")}
         try:
             return Row(in_features=values["in"], config=Config(**values["config"]), **rest)
@@ -89,9 +91,10 @@ class Row:
             raise InputError(f"{values['config']!r} is no configuration ({error}); delete the file or run matquant tune") from None
 
 
-# Not measured: chosen so that a program's weights fill its threads and the programs fill some 130 multiprocessors.
+# Not measured: chosen so that a program's weights fill its threads, the programs fill some 130 multiprocessors, and nothing spills to memory.
+UNTUNED_GEMV = Config("gemv", block_n=4, block_m=2, block_k=8, warps=1, stages=1)
+GEMV_BATCH, GEMV_BITS = 2, 4  # at most; wider reads need more registers than a thread has
 UNTUNED: tuple[tuple[int, Config], ...] = (
-    (2, Config("gemv", block_n=4, block_m=2, block_k=8, warps=1, stages=1, split_k=1)),
     (16, Config("dot", block_n=64, block_m=16, warps=4, stages=3, split_k=4)),
     (64, Config("dot", block_n=64, block_m=64, warps=4, stages=3, split_k=2)),
 )
@@ -103,8 +106,10 @@ def batch_class(batch: int) -> int:
     return next((size for size in BATCHES if size >= batch), BATCHES[-1])
 
 
-def untuned(batch: int) -> Config:
+def untuned(bits: int, batch: int) -> Config:
     """What is taken where nothing was measured."""
+    if bits <= GEMV_BITS and batch <= GEMV_BATCH:
+        return UNTUNED_GEMV
     return next((config for most, config in UNTUNED if batch <= most), UNTUNED_LARGE)
 
 
@@ -164,7 +169,7 @@ def gpu_name(device: torch.device) -> str:
 def _choose(gpu: str, dtype: str, bits: int, batch: int, tokens: int, out: int, in_features: int, group: int) -> Config:
     fitting = [row for row in _rows() if row.gpu == gpu and row.bits == bits and row.batch == batch]
     if not fitting:
-        return untuned(tokens)
+        return untuned(bits, tokens)
     return min(fitting, key=lambda row: _distance(row, dtype, out, in_features, group)).config
 
 

@@ -59,7 +59,7 @@ def random_weight(out: int, in_features: int, group: int, planes: int, device: t
 
 def candidates(product: Product) -> Iterator[Config]:
     """Configurations that may be the fastest for a product."""
-    yield untuned(product.batch)
+    yield untuned(product.bits, product.batch)
     tiles = blocking(product.in_features, product.in_features if product.group == -1 else product.group).tiles
     splits = [split for split in (1, 2, 4, 8) if split <= tiles]
     if product.batch <= 8:
@@ -149,9 +149,7 @@ def tune(product: Product, device: torch.device, tried: Callable[[Config, float 
         raise ResourceError(f"no configuration computes {product} rightly on {gpu_name(device)}; report it, and use device cpu meanwhile")
     group = product.in_features if product.group == -1 else product.group
     dtype = str(product.dtype).removeprefix("torch.")
-    return Row(
-        gpu_name(device), dtype, product.bits, batch_class(product.batch), product.out, product.in_features, group, best[1], round(best[0], 2)
-    )
+    return Row(gpu_name(device), dtype, product.bits, batch_class(product.batch), product.out, product.in_features, group, best[1], round(best[0], 2))
 
 
 def _measure(x: Tensor, weight: TiledWeight, copies: Sequence[TiledWeight], bits: int, config: Config, device: torch.device) -> float | None:
