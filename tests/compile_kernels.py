@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from matquant.codes import Grid
-from matquant.kernels.gpu import jit
+from matquant.kernels.gpu import jit, jit_weight
 from matquant.kernels.gpu.launch import REPACK_ROWS
 from matquant.kernels.gpu.layout import reading
 from matquant.kernels.gpu.table import untuned
@@ -82,8 +82,8 @@ def rest() -> dict[str, dict[str, Any]]:
     read = {key.upper(): value for key, value in reading(8, Grid(8, 128, False, False), False)._asdict().items()}
     blocks = {"GROUP": 128, "PADDED": 128, "BLOCK_N": 64}
     return {
-        "dense-8-sm90": facts(build(jit.dense, TARGETS["sm90"], {**read, **blocks, "fit": None}, {}), 0),
-        "tile_plane-sm90": facts(build(jit.tile_plane, TARGETS["sm90"], {**blocks, "BLOCK_N": REPACK_ROWS, "PAIR": True}, {}), 0),
+        "dense-8-sm90": facts(build(jit_weight.dense, TARGETS["sm90"], {**read, **blocks, "fit": None}, {}), 0),
+        "tile_plane-sm90": facts(build(jit_weight.tile_plane, TARGETS["sm90"], {**blocks, "BLOCK_N": REPACK_ROWS, "PAIR": True}, {}), 0),
         "add_splits-sm90": facts(build(jit.add_splits, TARGETS["sm90"], {"BLOCK": 256}, {}), 0),
     }
 

@@ -12,12 +12,22 @@ from triton_mode import CUDA, DEVICE, needs_cuda
 from matquant.codes import Grid
 from matquant.errors import InputError, MissingPlanesError, ResourceError
 from matquant.kernels import reference
-from matquant.kernels.gpu import layout, ops
+from matquant.kernels.gpu import layout, ops, table
 from matquant.kernels.gpu.graphs import PlanGraphs
+from matquant.kernels.gpu.table import Config
 from matquant.linear import NestedLinear
 from matquant.plan import Layout, Shape
 
 DTYPE = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where programs are interpreted one by one."""
+    if not CUDA:
+        monkeypatch.setattr(table, "GEMV_BATCH", 0)
+        monkeypatch.setattr(table, "UNTUNED", ((64, Config("dot", block_n=64, block_m=8, stages=1)),))
+    table.forget()
 
 
 def some_layout(slicing: str = "floor", symmetric: bool = False) -> Layout:

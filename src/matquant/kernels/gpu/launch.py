@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from matquant.kernels.gpu import jit
+from matquant.kernels.gpu import jit, jit_weight
 from matquant.kernels.gpu.layout import Blocking, Reading
 from matquant.kernels.gpu.table import Config
 
@@ -21,7 +21,7 @@ def tile_plane(words: Tensor, upper: Tensor, lower: Tensor | None, found: Blocki
     """Fill one array of layout.ARRAYS from one plane of a checkpoint, or from two."""
     rows, row_bytes = upper.shape
     grid = (triton.cdiv(rows, REPACK_ROWS), found.tiles)
-    jit.tile_plane[grid](
+    jit_weight.tile_plane[grid](
         words, upper, lower, rows, row_bytes, found.groups, found.tiles, PAIR=words.ndim == 4, GROUP=found.group, PADDED=found.padded,
         BLOCK_N=REPACK_ROWS, **FUSED,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def product(
 def dense(w: Tensor, first: int, planes: list[Tensor], scale: Tensor, fit: Tensor | None, zero: Tensor | None, of: Reading, found: Blocking) -> None:
     """Fill w [rows, in] with rows of the weight, from row `first` on."""
     rows, in_features = w.shape
-    jit.dense[(triton.cdiv(rows, DENSE_ROWS), found.tiles)](
+    jit_weight.dense[(triton.cdiv(rows, DENSE_ROWS), found.tiles)](
         w, *planes, *[None] * (5 - len(planes)), scale, fit, zero, first, rows, in_features, found.groups, found.tiles, **_read(of),
         GROUP=found.group, PADDED=found.padded, BLOCK_N=DENSE_ROWS, **FUSED,
     )  # fmt: skip

@@ -173,7 +173,8 @@ def tile(
         first, sets = ARRAYS[name], (2,) if name.startswith("pair") else ()
         arrays[name] = torch.empty(out, found.tiles, *sets, WORDS, dtype=torch.int32, device=planes[0].device)
         lower = planes[first + 1] if sets and first + 1 < len(planes) else None
-        tile_plane(arrays[name], planes[first], lower, found)
+        with torch.cuda.device_of(planes[0]):
+            tile_plane(arrays[name], planes[first], lower, found)
     return TiledWeight((out, in_features), grid, len(planes), arrays, scale, zero, refits)
 
 

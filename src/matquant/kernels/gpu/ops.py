@@ -69,7 +69,8 @@ def run(
     if not len(x):
         return x.new_empty(0, len(scale))
     found = blocking(x.shape[1], x.shape[1] // scale.shape[1])
-    return launch.product(x.contiguous(), list(planes), scale, fit, zero, bias, reading(bits, grid, fit is not None), found, config)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return launch.product(x.contiguous(), list(planes), scale, fit, zero, bias, reading(bits, grid, fit is not None), found, config)
 
 
 @torch.library.custom_op("matquant::tiled_dense", mutates_args=())
@@ -82,7 +83,8 @@ def tiled_dense(
 
     w = torch.empty(len(scale), in_features, dtype=dtype, device=scale.device)
     of = reading(bits, Grid(parent_bits, -1, False, overlap), fit is not None)
-    launch.dense(w, 0, list(planes), scale, fit, zero, of, blocking(in_features, in_features // scale.shape[1]))
+    with torch.cuda.device_of(w):
+        launch.dense(w, 0, list(planes), scale, fit, zero, of, blocking(in_features, in_features // scale.shape[1]))
     return w
 
 
