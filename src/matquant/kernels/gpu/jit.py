@@ -43,6 +43,23 @@ def _load_words(planes, at, mask):
 
 @triton.jit
 @no_type_check
+def _load_tile(pair, second, third, fourth, sixth, at, at_pair, here, BITS: tl.constexpr):
+    """The words of a tile: both sets of pair, second, third, both of fourth, of sixth; what BITS does not need is never read."""
+    high0, high1 = _load_words(pair, at_pair, here), _load_words(pair, at_pair + WORDS, here)
+    bits2, bits3, low0, low1, last0, last1 = high0, high0, high0, high0, high0, high0
+    if BITS > 2:
+        bits2 = _load_words(second, at, here)
+    if BITS > 3:
+        bits3 = _load_words(third, at, here)
+    if BITS > 4:
+        low0, low1 = _load_words(fourth, at_pair, here), _load_words(fourth, at_pair + WORDS, here)
+    if BITS > 6:
+        last0, last1 = _load_words(sixth, at_pair, here), _load_words(sixth, at_pair + WORDS, here)
+    return high0, high1, bits2, bits3, low0, low1, last0, last1
+
+
+@triton.jit
+@no_type_check
 def _high(pair, second, third, Q: tl.constexpr, BITS: tl.constexpr):
     """Quarter Q of a tile as high nibbles, eight a word, from the words of planes 0|1, 2 and 3."""
     word = _shift(pair, 2 - 2 * (Q % 2)) & 0xCCCCCCCC
@@ -131,6 +148,24 @@ def _floats(word, S: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _high_floats(pair0, pair1, second, third, S: tl.constexpr, BITS: tl.constexpr):
+    """As _high_of, in float32, and without halves on the way."""
+    word = pair0 if S < 8 else pair1
+    if BITS > 2:
+        word = _high(word, second, third, S // 4, BITS)
+    return _floats(word, S, 0, BITS == 2), _floats(word, S, 1, BITS == 2)
+
+
+@triton.jit
+@no_type_check
+def _low_floats(fourth0, fourth1, sixth0, sixth1, S: tl.constexpr, BITS: tl.constexpr):
+    """The same of low nibbles."""
+    word = _low(fourth0 if S < 8 else fourth1, sixth0 if S < 8 else sixth1, S // 4, BITS)
+    return _floats(word, S, 0, False), _floats(word, S, 1, False)
+
+
+@triton.jit
+@no_type_check
 def _affine(scale, fit, zero, at, mask, STEP: tl.constexpr, SHIFT: tl.constexpr, MIDDLE: tl.constexpr, UNIT: tl.constexpr, FITTED: tl.constexpr):
     """(scale, offset) of groups, as codes.read_affine and codes.refit_affine. UNIT: of u, in parent steps. MIDDLE: of the range if FITTED, else of the grid."""
     s = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32)
@@ -172,16 +207,7 @@ def gemv(
         here = (n < out) & (tile < last)
         at = (n * tiles + tile) * WORDS + words
         at_pair = at + (n * tiles + tile) * WORDS
-        high0, high1 = _load_words(pair, at_pair, here), _load_words(pair, at_pair + WORDS, here)
-        bits2, bits3, low0, low1, last0, last1 = high0, high0, high0, high0, high0, high0
-        if BITS > 2:
-            bits2 = _load_words(second, at, here)
-        if BITS > 3:
-            bits3 = _load_words(third, at, here)
-        if BITS > 4:
-            low0, low1 = _load_words(fourth, at_pair, here), _load_words(fourth, at_pair + WORDS, here)
-        if BITS > 6:
-            last0, last1 = _load_words(sixth, at_pair, here), _load_words(sixth, at_pair + WORDS, here)
+        high0, high1, bits2, bits3, low0, low1, last0, last1 = _load_tile(pair, second, third, fourth, sixth, at, at_pair, here, BITS)
         for unit in tl.static_range(SLOTS // APPLY):
             column = tile * TILE + unit * APPLY * SLOT
             group = column // PADDED
@@ -196,16 +222,13 @@ def gemv(
                 loaded = tl.load(x + m * in_features + group * GROUP + where, mask=(m < tokens) & known & (where < GROUP), other=0.0)
                 even, odd = tl.split(loaded.to(tl.float32).reshape(BLOCK_M, 1, BLOCK_K, WORDS, 2))
                 total += even + odd
-                high = high0 if unit * APPLY + slot < 8 else high1
-                if BITS > 2:
-                    high = _high(high, bits2, bits3, (unit * APPLY + slot) // 4, BITS)
-                a += _floats(high, unit * APPLY + slot, 0, BITS == 2) * even
-                a += _floats(high, unit * APPLY + slot, 1, BITS == 2) * odd
+                w_even, w_odd = _high_floats(high0, high1, bits2, bits3, unit * APPLY + slot, BITS)
+                a += w_even * even
+                a += w_odd * odd
                 if BITS > 4:
-                    low = low0 if unit * APPLY + slot < 8 else low1
-                    low = _low(low, last0 if unit * APPLY + slot < 8 else last1, (unit * APPLY + slot) // 4, BITS)
-                    b += _floats(low, unit * APPLY + slot, 0, False) * even
-                    b += _floats(low, unit * APPLY + slot, 1, False) * odd
+                    w_even, w_odd = _low_floats(low0, low1, last0, last1, unit * APPLY + slot, BITS)
+                    b += w_even * even
+                    b += w_odd * odd
             acc += (sc * HIGH) * a
             if BITS > 4:
                 acc += (sc * LOW) * b
@@ -243,16 +266,7 @@ def dot(
     for tile in tl.range(split * per_split, last, num_stages=STAGES):
         at = (n[:, None] * tiles + tile) * WORDS + words[None, :]
         at_pair = at + (n[:, None] * tiles + tile) * WORDS
-        high0, high1 = _load_words(pair, at_pair, here), _load_words(pair, at_pair + WORDS, here)
-        bits2, bits3, low0, low1, last0, last1 = high0, high0, high0, high0, high0, high0
-        if BITS > 2:
-            bits2 = _load_words(second, at, here)
-        if BITS > 3:
-            bits3 = _load_words(third, at, here)
-        if BITS > 4:
-            low0, low1 = _load_words(fourth, at_pair, here), _load_words(fourth, at_pair + WORDS, here)
-        if BITS > 6:
-            last0, last1 = _load_words(sixth, at_pair, here), _load_words(sixth, at_pair + WORDS, here)
+        high0, high1, bits2, bits3, low0, low1, last0, last1 = _load_tile(pair, second, third, fourth, sixth, at, at_pair, here, BITS)
         for unit in tl.static_range(SLOTS // APPLY):
             column = tile * TILE + unit * APPLY * SLOT
             group = column // PADDED

@@ -5,7 +5,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from matquant.kernels.gpu.jit import SLOT, SLOTS, TILE, WORDS, _affine, _high_of, _load_words, _low_of
+from matquant.kernels.gpu.jit import SLOT, SLOTS, TILE, WORDS, _affine, _high_of, _load_tile, _low_of
 
 
 @triton.jit
@@ -22,16 +22,7 @@ def dense(
     words, columns = tl.arange(0, WORDS), tl.arange(0, SLOT)
     at = (n[:, None] * tiles + tile) * WORDS + words[None, :]
     at_pair = at + (n[:, None] * tiles + tile) * WORDS
-    high0, high1 = _load_words(pair, at_pair, here[:, None]), _load_words(pair, at_pair + WORDS, here[:, None])
-    bits2, bits3, low0, low1, last0, last1 = high0, high0, high0, high0, high0, high0
-    if BITS > 2:
-        bits2 = _load_words(second, at, here[:, None])
-    if BITS > 3:
-        bits3 = _load_words(third, at, here[:, None])
-    if BITS > 4:
-        low0, low1 = _load_words(fourth, at_pair, here[:, None]), _load_words(fourth, at_pair + WORDS, here[:, None])
-    if BITS > 6:
-        last0, last1 = _load_words(sixth, at_pair, here[:, None]), _load_words(sixth, at_pair + WORDS, here[:, None])
+    high0, high1, bits2, bits3, low0, low1, last0, last1 = _load_tile(pair, second, third, fourth, sixth, at, at_pair, here[:, None], BITS)
     for slot in tl.static_range(SLOTS):
         column = tile * TILE + slot * SLOT
         group = column // PADDED
