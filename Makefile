@@ -1,6 +1,7 @@
 # make demo    quantize a real model once and read it at 8, 6, 4, 3 and 2 bits (about ten minutes on two cores, after the install)
 # make test    every check and every test
 # make check   formatting, lint, types and import directions only
+# make sanitize  GPU kernel tests, compiled, under compute-sanitizer's memory check (needs CUDA)
 # make docs    rewrite the generated tables in README.md and docs/CLI.md
 #
 # Needs Python 3.10 or newer, make and g++. Installs into .venv; nothing outside this folder is touched but pip's cache.
@@ -21,7 +22,7 @@ DEMO ?=
 # One thread a worker: two torch processes that spin on the same two cores are many times slower, not two times.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test check format docs clean sanitize
 .DEFAULT_GOAL := test
 
 $(VENV)/.created:
@@ -59,6 +60,12 @@ check: $(VENV)/.installed-dev
 
 test: check
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-fail-under=90 --durations=15
+
+# Every allocation is one of its own, so that reads past its end are seen; kernels are compiled, not interpreted.
+sanitize: $(VENV)/.installed-dev
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make sanitize needs a CUDA device")'
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(BIN)/python -m pytest -q -n0 tests/test_triton.py -k "not under_torch"
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format

@@ -20,6 +20,8 @@ REPO = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("MATQUANT_DATA", REPO.parent / "shared" / "data"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # counts only before Triton is imported
 
 
 @pytest.fixture(scope="session")

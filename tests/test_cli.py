@@ -53,7 +53,7 @@ def test_help_lists_the_commands(capsys: Capture) -> None:
     for arguments in ([], ["--help"]):
         assert main(arguments) == 0
         out = capsys.readouterr().out
-        assert all(f"\n  {name} " in out for name in ("quantize", "eval", "generate", "chat", "bench", "inspect", "verify", "doctor"))
+        assert all(f"\n  {name} " in out for name in ("quantize", "eval", "generate", "chat", "bench", "inspect", "verify", "doctor", "tune"))
 
 
 def test_module_and_entry_point_are_one() -> None:

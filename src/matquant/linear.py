@@ -12,7 +12,12 @@ bytes = ceil(in / 8). The buffers differ from the names on disk only in `_` for 
 
 Everything quantized is a persistent buffer and no parameter: never trained, saved and loaded, and never taken for the dtype of
 the model. A layer may hold only the leading planes; wider reads then raise MissingPlanesError.
+
+On a GPU, `tile` puts the planes into the layout that its kernels read, in place of the buffers of planes, which become empty; what is saved
+stays the same.
 """
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -21,6 +26,8 @@ from torch import Tensor, nn
 from matquant.codes import planes_needed
 from matquant.errors import InputError, MissingPlanesError, PlanError, choices
 from matquant.kernels import reference
+from matquant.kernels.gpu import ops
+from matquant.kernels.gpu.layout import TiledWeight, check_slicing, tile
 from matquant.packing import unpack_planes
 from matquant.plan import Layout, Shape
 from matquant.weight import AffineWeight, NestedWeight, Refit
@@ -38,6 +45,7 @@ class NestedLinear(nn.Module):
 
     weight: Tensor
     bias: nn.Parameter | None
+    tiles: TiledWeight | None
 
     def __init__(
         self,
@@ -50,7 +58,7 @@ class NestedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = shape.in_features, shape.out
-        self.layout, self.transposed = layout, transposed
+        self.layout, self.transposed, self.tiles = layout, transposed, None
         self.planes = layout.grid.bits if planes is None else planes
         self.refits = tuple(r for r in layout.refit_widths if self._needs(r) <= self.planes)
         self._bits = max(r for r in layout.widths if self._needs(r) <= self.planes)
@@ -103,6 +111,8 @@ class NestedLinear(nn.Module):
                 f"{bits} bits need planes 0-{self._needs(bits) - 1}, but only 0-{self.planes - 1} were loaded; "
                 f"load the model with bits={bits} or keep={bits} (the plane files must be in the folder)"
             )
+        if self.tiles is not None:
+            self.tiles.read(bits)
 
     def set_bits(self, bits: int) -> None:
         """Read at `bits` from now on. Raises as `check_bits`."""
@@ -112,11 +122,18 @@ class NestedLinear(nn.Module):
     def nested(self, planes: int | None = None) -> NestedWeight:
         """What the first `planes` planes (None: all that are held) say about the weight."""
         held = self.planes if planes is None else planes
+        if self.tiles is not None:
+            whole = self.tiles.nested()
+            return replace(whole, codes=whole.codes & (0xFF << (self.layout.grid.bits - held) & 0xFF), planes=held)
         stack = torch.cat([self.weight, *(self.get_buffer(f"plane_{k}")[None] for k in range(2, held))])
         codes = unpack_planes(stack, self.in_features, self.layout.grid.bits)
-        refits = {r: Refit(self.get_buffer(f"scale_{r}"), self.get_buffer(f"zero_{r}")) for r in self.refits}
-        zero = None if self.layout.grid.symmetric else self.get_buffer("zero")
+        zero, refits = self._reads()
         return NestedWeight(codes, self.get_buffer("scale"), zero, self.layout.grid, self.layout.slicing, refits, held)
+
+    def _reads(self) -> tuple[Tensor | None, dict[int, Refit]]:
+        """The zeros, where there are any, and the refits."""
+        refits = {r: Refit(self.get_buffer(f"scale_{r}"), self.get_buffer(f"zero_{r}")) for r in self.refits}
+        return None if self.layout.grid.symmetric else self.get_buffer("zero"), refits
 
     def weight_at(self, bits: int) -> AffineWeight:
         """The weight at `bits`, from no more planes than it needs. Raises as `check_bits`."""
@@ -126,7 +143,44 @@ class NestedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if not x.is_floating_point():  # model code that casts to layer.weight.dtype ends here instead of computing with bytes
             raise InputError(f"a matquant layer got {x.dtype} input; it needs floats, so the model must not cast to the dtype of its weight")
+        if self.tiles is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            return ops.linear(x, self.tiles, self._bits, self.bias)
         return reference.linear(x, self.weight_at(self._bits), self.bias)
+
+    def _planes(self) -> list[str]:
+        """Names of the buffers of planes."""
+        return ["weight", *(f"plane_{k}" for k in range(2, self.planes))]
+
+    def tile(self) -> None:
+        """Read with GPU kernels from now on. Raises ResourceError where they cannot run, InputError for a slicing other than floor."""
+        if self.tiles is not None:
+            return
+        check_slicing(self.layout.slicing)
+        ops.check(self.weight.device)
+        planes = [*self.weight, *(self.get_buffer(name) for name in self._planes()[1:])]
+        self.tiles = tile(planes, self.in_features, self.layout.grid, self.get_buffer("scale"), *self._reads())
+        for name in self._planes():
+            self._buffers[name] = self.get_buffer(name)[..., :0].clone()
+
+    def evict(self, bits: int) -> int:
+        """Move the planes that `bits` bits do not need from the GPU to host memory. Returns bytes freed. Raises InputError before `tile`."""
+        if self.tiles is None:
+            raise InputError("planes can be evicted from tiles only; call tile() first")
+        if self._bits > bits:
+            raise InputError(f"the layer reads {self._bits} bits now; set_bits({bits}) before evict({bits})")
+        return self.tiles.evict(bits)
+
+    def restore(self, bits: int) -> int:
+        """Bring back the planes that `bits` bits need. Returns bytes taken."""
+        return 0 if self.tiles is None else self.tiles.restore(bits)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        """As if there were no tiles."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiles is not None:
+            planes = self.tiles.nested().packed()
+            for name, plane in zip(self._planes(), (planes[:2], *planes[2:]), strict=True):
+                destination[prefix + name] = plane
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Move devices but keep the dtype of the scales: model.to(torch.bfloat16) would round them and so move every weight.
@@ -139,6 +193,10 @@ class NestedLinear(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._buffers["scale"] = self.get_buffer("scale").view(kind)
+        if self.tiles is not None:
+            zero, refits = self._reads()
+            arrays = {name: fn(array) for name, array in self.tiles.arrays.items()}
+            self.tiles = replace(self.tiles, arrays=arrays, scale=self.get_buffer("scale"), zero=zero, refits=refits, moved=self.tiles.moved + 1)
         return self
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ import typer
 from matquant.cli.bench import bench
 from matquant.cli.chat import chat
 from matquant.cli.options import BITS, DEVICE, DRAFT, DTYPE, FOLDER, GGUF, HEAD, JSON, PLAN, PLANS, REMOTE, SOURCE, THREADS
+from matquant.cli.tune import tune
 from matquant.errors import CheckpointError
 
 
@@ -142,4 +143,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "verify": verify,
     "doctor": doctor,
+    "tune": tune,
 }

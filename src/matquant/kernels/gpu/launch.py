@@ -1,0 +1,92 @@
+"""Grids and arguments of the Triton kernels: tensors in, tensors out, with a configuration that somebody else chose. Imports Triton."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from matquant.kernels.gpu import jit, jit_weight
+from matquant.kernels.gpu.layout import Blocking, Reading
+from matquant.kernels.gpu.table import Config
+
+KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+REPACK_ROWS = 32  # rows of one program
+FUSED = {"enable_fp_fusion": True}  # a product and a sum are one instruction; Triton's default is about to change
+ADD_BLOCK = 256  # outputs of one program of add_splits
+DENSE_ROWS = 64
+
+
+def tile_plane(words: Tensor, upper: Tensor, lower: Tensor | None, found: Blocking) -> None:
+    """Fill one array of layout.ARRAYS from one plane of a checkpoint, or from two."""
+    rows, row_bytes = upper.shape
+    grid = (triton.cdiv(rows, REPACK_ROWS), found.tiles)
+    jit_weight.tile_plane[grid](
+        words, upper, lower, rows, row_bytes, found.groups, found.tiles, PAIR=words.ndim == 4, GROUP=found.group, PADDED=found.padded,
+        BLOCK_N=REPACK_ROWS, **FUSED,
+    )  # fmt: skip
+
+
+def _read(of: Reading) -> dict[str, Any]:
+    return {
+        "BITS": of.bits, "HIGH": of.high, "LOW": of.low, "STEP": of.step, "SHIFT": of.shift, "MIDDLE": of.middle, "UNIT": of.unit,
+        "FITTED": of.fitted,
+    }  # fmt: skip
+
+
+def product(
+    x: Tensor, planes: list[Tensor], scale: Tensor, fit: Tensor | None, zero: Tensor | None, bias: Tensor | None, of: Reading, found: Blocking,
+    config: Config,
+) -> Tensor:  # fmt: skip
+    """x [tokens, in] W_r^T + bias by the kernel that `config` names. planes: those of the width, most significant first."""
+    if config.kind == "dense":
+        return _by_dense(x, planes, scale, fit, zero, bias, of, found, config)
+    (tokens, in_features), out = x.shape, len(scale)
+    splits = min(config.split_k, found.tiles)
+    step = config.block_k if config.kind == "gemv" else 1
+    per_split = triton.cdiv(triton.cdiv(found.tiles, splits), step) * step
+    splits = triton.cdiv(found.tiles, per_split)
+    y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
+    into = y if splits == 1 else torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
+    block_m = min(config.block_m, triton.next_power_of_2(tokens))
+    own: dict[str, Any] = {"BLOCK_K": config.block_k} if config.kind == "gemv" else {"KIND": KINDS[x.dtype], "RUN": min(found.apply, config.run)}
+    kernel = jit.gemv if config.kind == "gemv" else jit.dot
+    if config.kind == "dot":
+        block_m = max(block_m, config.least_m)
+    grid = (triton.cdiv(out, config.block_n), splits, triton.cdiv(tokens, block_m))
+    kernel[grid](
+        x, into, *planes, *[None] * (5 - len(planes)), scale, fit, zero, bias if splits == 1 else None, tokens, out, in_features, found.groups,
+        found.tiles, per_split, **_read(of), GROUP=found.group, PADDED=found.padded, APPLY=found.apply, BLOCK_M=block_m, BLOCK_N=config.block_n,
+        PARTIAL=splits > 1, STAGES=config.stages, **own, **FUSED, num_warps=config.warps,
+        num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        jit.add_splits[(triton.cdiv(out, ADD_BLOCK), tokens)](into, y, bias, splits, tokens, out, BLOCK=ADD_BLOCK, **FUSED)
+    return y
+
+
+def dense(w: Tensor, first: int, planes: list[Tensor], scale: Tensor, fit: Tensor | None, zero: Tensor | None, of: Reading, found: Blocking) -> None:
+    """Fill w [rows, in] with rows of the weight, from row `first` on."""
+    rows, in_features = w.shape
+    jit_weight.dense[(triton.cdiv(rows, DENSE_ROWS), found.tiles)](
+        w, *planes, *[None] * (5 - len(planes)), scale, fit, zero, first, rows, in_features, found.groups, found.tiles, **_read(of),
+        GROUP=found.group, PADDED=found.padded, BLOCK_N=DENSE_ROWS, **FUSED,
+    )  # fmt: skip
+
+
+def _by_dense(
+    x: Tensor, planes: list[Tensor], scale: Tensor, fit: Tensor | None, zero: Tensor | None, bias: Tensor | None, of: Reading, found: Blocking,
+    config: Config,
+) -> Tensor:  # fmt: skip
+    """Through a scratch of `config.rows` rows of the weight (0: all), and the library's product of matrices."""
+    out = len(scale)
+    rows = min(config.rows or out, out)
+    y, scratch = torch.empty(len(x), out, dtype=x.dtype, device=x.device), torch.empty(rows, x.shape[1], dtype=x.dtype, device=x.device)
+    for first in range(0, out, rows):
+        part, into = scratch[: min(rows, out - first)], y[:, first : first + rows]
+        dense(part, first, planes, scale, fit, zero, of, found)
+        if bias is None:
+            torch.mm(x, part.T, out=into)
+        else:
+            torch.addmm(bias[first : first + rows].to(x.dtype), x, part.T, out=into)
+    return y
