@@ -130,7 +130,7 @@ def test_check_does_not_list_hundreds_of_layers() -> None:
         ("", "plan, line 1: "),
         ("[]", 'plan must be an object with "default"'),
         ('{"layers": {}}', 'plan must be an object with "default"'),
-        ('{"default": 4,\n"bits": 4}', "plan, line 2: unknown key 'bits'; a plan must be an object with \"default\" and, if wanted, \"layers\""),
+        ('{"default": 4,\n"bits": 4}', 'plan, line 2: unknown key \'bits\'; a plan must be an object with "default" and, if wanted, "layers"'),
         ('{"default": 4,\n "layers": [1]}', 'plan, line 2: "layers" must map layer names to bits'),
         ('{"about": {"default": 9},\n"default": 4,\n"about": 1}', "line 3: the plan names 'about' twice, first in line 1; keep one"),
         ('{"default": 4,\n"about": 1}', 'plan, line 2: "about" must be an object'),

@@ -11,7 +11,7 @@ cache. Greedy output is that of plain decoding to the token, because a row is co
 the same distribution.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from matquant.errors import InputError, PlanError, choices
 from matquant.hf import choose
 from matquant.kernels.step import Cache, Stepper
 from matquant.plan import BitPlan
+from matquant.search.plans import Wanted, resolve
 
 HEAD_GROUPS = (64, 32)  # input channels that share a scale of the head: the first that divides them
 PREFILL = 512  # tokens of a prompt that pass at once
@@ -49,13 +50,13 @@ class Speculation:
 
 @dataclass
 class Engine:
-    """One model in memory. embeddings: [vocabulary, hidden], as stored, mapped from the file. kept: widths that layers were packed for."""
+    """One model in memory. embeddings: [vocabulary, hidden], as stored, mapped from the file. kept: widths that each layer was packed for."""
 
     stepper: Stepper
     embeddings: Tensor
     checkpoint: Checkpoint
     shape: llama.Plan
-    kept: tuple[int, ...]
+    kept: Mapping[str, tuple[int, ...]]
     plan: BitPlan
     capacity: int
     exact: bool = False
@@ -65,7 +66,7 @@ class Engine:
     @staticmethod
     def open(
         folder: str | Path,
-        bits: int | BitPlan | None = None,
+        bits: Wanted = None,
         keep: int | None = None,
         *,
         capacity: int = 4096,
@@ -74,16 +75,18 @@ class Engine:
         threads: int | None = None,
         isa: str | None = None,
     ) -> "Engine":
-        """Pack the layers of a checkpoint for the widths up to `keep` (None: those of `bits`; all if that is None too).
+        """Pack the layers of a checkpoint for the widths up to `keep` (None: each for the one that `bits` gives it; all if that is None too).
 
+        bits: as for `matquant.from_pretrained`: a width, a BitPlan, the name of a plan, a plan file, or a mean width.
         capacity: tokens of a text, at most; less where the model has fewer positions. head_bits: what a head that is not quantized is rounded to.
         exact: products of floats instead of 8-bit inputs. Raises InputError for a model of another shape than Llama's; otherwise as `matquant.from_pretrained`.
         """
         checkpoint = Checkpoint.open(folder)
+        bits = resolve(Path(folder), bits)
         plan, widest = choose(checkpoint, bits, keep)
         single = bits is not None and keep is None
-        used = {plan.bits(name) for name in checkpoint.modules}
-        kept = tuple(sorted(used if single else {r for r in checkpoint.widths if r <= widest}, reverse=True))
+        wide = tuple(r for r in checkpoint.widths if r <= widest)
+        kept = {name: (plan.bits(name),) if single else wide for name in checkpoint.modules}
         skeleton = llama.skeleton_of(Path(folder))
         shape = llama.plan_of(skeleton)
         llama.try_out(skeleton.config)
@@ -101,7 +104,7 @@ class Engine:
             weight = base.get(f"{head}.weight", table)
             size = next((size for size in HEAD_GROUPS if weight.shape[1] % size == 0), -1)
             of_head = llama.rounded(weight, Grid(head_bits, size, symmetric=False, overlap=False))
-        stepper = llama.stepper_of(shape, checkpoint.read, base.__getitem__, dict.fromkeys(layers, kept), of_head, isa)
+        stepper = llama.stepper_of(shape, lambda name: checkpoint.read(name, kept[name]), base.__getitem__, kept, of_head, isa)
         return Engine(stepper, table, checkpoint, shape, kept, plan, min(capacity, shape.longest), exact, threads)
 
     def set_bits(self, bits: int | BitPlan) -> None:
@@ -111,11 +114,11 @@ class Engine:
         self.plan = plan
 
     def _widths(self, plan: BitPlan) -> UInt8[Tensor, " widths"]:
-        used = [{part: plan.bits(self.shape.name(i, part)) for part in llama.PARTS} for i in range(len(self.stepper.blocks))]
-        for width in {width for own in used for width in own.values()}:
-            if width not in self.kept:
-                raise PlanError(f"{width} bits were not kept; {choices(width, self.kept)}, or open the checkpoint with keep={width}")
-        return self.stepper.widths(used)
+        names = [{part: self.shape.name(i, part) for part in llama.PARTS} for i in range(len(self.stepper.blocks))]
+        for name in (name for own in names for name in own.values()):
+            if (width := plan.bits(name)) not in self.kept[name]:
+                raise PlanError(f"{width} bits were not kept of {name}; {choices(width, self.kept[name])}, or open the checkpoint with keep={width}")
+        return self.stepper.widths([{part: plan.bits(name) for part, name in own.items()} for own in names])
 
     def step(
         self, ids: Int[Tensor, " tokens"], sequence: Int[Tensor, " tokens"], position: Int[Tensor, " tokens"], cache: Cache, rows: Int[Tensor, " wanted"],

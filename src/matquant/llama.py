@@ -101,7 +101,7 @@ def try_out(config: Any) -> None:
         module.weight.data = weights[name].read(8).dense()
     plan = plan_of(model)
     head = next(weights[name] for name, module in linears.items() if module is model.get_output_embeddings())
-    stepper = stepper_of(plan, weights.__getitem__, model.get_parameter, dict.fromkeys(range(2), (8,)), head)
+    stepper = stepper_of(plan, weights.__getitem__, model.get_parameter, dict.fromkeys(weights, (8,)), head)
     widths, places = stepper.widths([dict.fromkeys(PARTS, 8)] * 2), torch.arange(9)
     x = model.get_input_embeddings().weight.data[ids[0]]
     got = stepper.step(widths, x, torch.zeros_like(places), places, stepper.cache(1, 9), places, exact=True)
@@ -113,15 +113,15 @@ def try_out(config: Any) -> None:
 
 
 def stepper_of(
-    plan: Plan, weights: Weights, tensors: Tensors, widths: Mapping[int, tuple[int, ...]], head: NestedWeight, isa: str | None = None
+    plan: Plan, weights: Weights, tensors: Tensors, widths: Mapping[str, tuple[int, ...]], head: NestedWeight, isa: str | None = None
 ) -> Stepper:
-    """The model, packed layer by layer. widths: that each block is to be read at."""
+    """The model, packed layer by layer. widths: that each layer is to be read at."""
     model, config = plan.model, plan.model.config
     base, first = model.base_model, model.base_model.layers[0]
     prefix = plan.blocks.rpartition("layers")[0]
     blocks: list[Block] = []
     for index in range(len(base.layers)):
-        packed = {part: cpu.pack(weights(plan.name(index, part)), widths[index], isa) for part in PARTS}
+        packed = {part: cpu.pack(weights(name := plan.name(index, part)), widths[name], isa) for part in PARTS}
         biases = {part: tensors(f"{plan.name(index, part)}.bias") for part in PARTS if first.get_submodule(PARTS[part]).bias is not None}
         norms = {name: tensors(f"{plan.blocks}.{index}.{path}.weight") for name, path in NORMS.items()}
         norms |= {name: tensors(f"{plan.blocks}.{index}.{path}.weight") for name, path in HEAD_NORMS.items() if _has(first, path)}

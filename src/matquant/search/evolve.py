@@ -1,0 +1,132 @@
+"""EvoPress-like search on the true loss (https://arxiv.org/abs/2410.14649; MatGPTQ's way to plans, https://arxiv.org/abs/2602.03537).
+
+One parent, the best choice so far. A generation: children by mutation, a small part of the text to measure all of them on, a larger one for the best
+of these, the whole for the last few; the best takes the parent's place if it is better on the whole. Theirs starts from the uniform width below the
+budget and may lose budget with every mutation; this one starts where it is told to (the exact solution), and a mutation raises some units by a rung,
+lowers others until the budget is met and fills what is left.
+
+Pure: what a choice loses is asked of the caller.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from matquant.search.solve import Choice, Problem
+
+Loss = Callable[[Choice, int], float]
+"""(choice, how many sequences) -> loss on the first of them"""
+
+TRIES = 50  # of mutations for one child that was not tried before
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Children are measured on `samples` sequences, and the best `survivors` go on."""
+
+    samples: int
+    survivors: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A generation that found something better. seconds: since the start."""
+
+    generation: int
+    seconds: float
+    loss: float
+    choice: Choice
+
+
+def evolve(
+    problem: Problem,
+    budget: int,
+    start: Choice,
+    loss: Loss,
+    stages: Sequence[Stage],
+    children: int,
+    generations: int,
+    seconds: float = float("inf"),
+    seed: int = 0,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Step]:
+    """Every improvement, the start first; the last is the best. problem: its costs alone count. Raises PlanError for a budget that nothing meets."""
+    problem.check(budget)
+    chance, began = random.Random(seed), time.monotonic()
+    whole = stages[-1].samples
+    best = fill(problem, budget, start, chance) if problem.cost(start) <= budget else start
+    found = [Step(0, 0.0, loss(start, whole), start)]
+    tried = {start, best}
+    if best != start and (value := loss(best, whole)) < found[0].loss:
+        found.append(Step(0, time.monotonic() - began, value, best))
+    for generation in range(1, generations + 1):
+        if time.monotonic() - began > seconds:
+            break
+        alive = _children(problem, budget, found[-1].choice, children, chance, tried)
+        if not alive:
+            break
+        for stage in stages:
+            values = {child: loss(child, stage.samples) for child in alive}
+            alive = sorted(alive, key=values.__getitem__)[: stage.survivors]
+        if values[alive[0]] < found[-1].loss:
+            found.append(Step(generation, time.monotonic() - began, values[alive[0]], alive[0]))
+        tell(generation, generations)
+    return found
+
+
+def _children(problem: Problem, budget: int, parent: Choice, count: int, chance: random.Random, tried: set[Choice]) -> list[Choice]:
+    """New ones: as many as can be found."""
+    found: list[Choice] = []
+    for _ in range(TRIES * count):
+        child = mutate(problem, budget, parent, chance)
+        if child not in tried:
+            tried.add(child)
+            found.append(child)
+        if len(found) == count:
+            break
+    return found
+
+
+def mutate(problem: Problem, budget: int, parent: Choice, chance: random.Random) -> Choice:
+    """One to three units a rung up (EvoPress' count: the smaller of two dice), others down until the budget is met, what is left filled."""
+    rungs, place = _ladder(problem, parent)
+    raised = chance.sample(range(len(parent)), min(len(parent), chance.randint(1, 3), chance.randint(1, 3)))
+    for unit in raised:
+        place[unit] = min(place[unit] + 1, len(rungs[unit]) - 1)
+    choice = _at(rungs, place)
+    while problem.cost(choice) > budget:
+        lower = [unit for unit in range(len(parent)) if place[unit] > 0]
+        others = [unit for unit in lower if unit not in raised]
+        place[chance.choice(others or lower)] -= 1
+        choice = _at(rungs, place)
+    return fill(problem, budget, choice, chance)
+
+
+def fill(problem: Problem, budget: int, choice: Choice, chance: random.Random) -> Choice:
+    """Units a rung up, in random order, until none fits any more."""
+    rungs, place = _ladder(problem, choice)
+    spare = budget - problem.cost(choice)
+    open_ = list(range(len(choice)))
+    while open_:
+        unit = open_.pop(chance.randrange(len(open_)))
+        if place[unit] + 1 == len(rungs[unit]):
+            continue
+        more = int(problem.costs[unit, rungs[unit][place[unit] + 1]] - problem.costs[unit, rungs[unit][place[unit]]])
+        if more <= spare:
+            place[unit] += 1
+            spare -= more
+            open_.append(unit)
+    return _at(rungs, place)
+
+
+def _ladder(problem: Problem, choice: Choice) -> tuple[list[list[int]], list[int]]:
+    """(the widths of every unit from cheap to dear, where on it the choice is)."""
+    rungs = [[int(k) for k in np.argsort(row, kind="stable")] for row in problem.costs]
+    return rungs, [rung.index(k) for rung, k in zip(rungs, choice, strict=True)]
+
+
+def _at(rungs: list[list[int]], place: list[int]) -> Choice:
+    return tuple(rung[p] for rung, p in zip(rungs, place, strict=True))
