@@ -140,8 +140,11 @@ def doctor(as_json: bool = JSON) -> None:
     show.facts(doctor.examine(Path.cwd()), as_json)
 
 
+from matquant.cli import plans as _plans  # noqa: E402 - it takes the flags above
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
+    "plan": _plans.plan,
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,

@@ -51,9 +51,13 @@ def evolve(
     generations: int,
     seconds: float = float("inf"),
     seed: int = 0,
+    better: Callable[[Choice], None] = lambda choice: None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Step]:
-    """Every improvement, the start first; the last is the best. problem: its costs alone count. Raises PlanError for a budget that nothing meets."""
+    """Every improvement, the start first; the last is the best. problem: its costs alone count. better: called with every new parent.
+
+    Raises PlanError for a budget that nothing meets.
+    """
     problem.check(budget)
     chance, began = random.Random(seed), time.monotonic()
     whole = stages[-1].samples
@@ -62,6 +66,7 @@ def evolve(
     tried = {start, best}
     if best != start and (value := loss(best, whole)) < found[0].loss:
         found.append(Step(0, time.monotonic() - began, value, best))
+        better(best)
     for generation in range(1, generations + 1):
         if time.monotonic() - began > seconds:
             break
@@ -73,6 +78,7 @@ def evolve(
             alive = sorted(alive, key=values.__getitem__)[: stage.survivors]
         if values[alive[0]] < found[-1].loss:
             found.append(Step(generation, time.monotonic() - began, values[alive[0]], alive[0]))
+            better(alive[0])
         tell(generation, generations)
     return found
 

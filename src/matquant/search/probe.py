@@ -24,7 +24,7 @@ from matquant.errors import InputError
 from matquant.plan import BitPlan
 from matquant.search.units import Unit
 
-BATCH_TOKENS = 1024  # of a pass: enough to keep the products busy, and one set of logits is held
+BATCH_TOKENS = 256  # of a pass: enough to keep the products busy; one set of logits is held, and parts of a text can be asked for
 KEPT_BYTES = 4 * 2**30  # of dense reads that are kept for the next time
 
 

@@ -13,14 +13,17 @@ from the sum of L at every uniform width to its true KL, straight in logarithms.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
@@ -36,13 +39,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """What numbers depend on: the checkpoint's weights, the text (spec, sequences, tokens of each, seed) and what was compared with."""
+    """What numbers depend on: the checkpoint's weights, the text, and what was compared with. text: in words. ids: its sequences, one length all."""
 
     checkpoint: str
     text: str
-    samples: int
-    length: int
     reference: str
+    ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def sequences(self) -> Int[Tensor, "samples length"]:
+        return torch.tensor(self.ids)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,16 @@ class Sensitivity:
         xs, ys = np.log([x for x, _ in points]), np.log([y for _, y in points])
         return self.base + float(np.exp(np.interp(math.log(total), xs, ys)))
 
+    @property
+    def wanted_pairs(self) -> list[tuple[int, int]]:
+        """Of one block and of neighbouring blocks."""
+        blocks = [unit.block for unit in self.units]
+        return [(i, j) for i, j in combinations(range(len(blocks)), 2) if abs(blocks[i] - blocks[j]) <= 1 and -1 not in (blocks[i], blocks[j])]
+
+    @property
+    def pairs_complete(self) -> bool:
+        return set(self.wanted_pairs) <= set(self.pairs or ())
+
     # --- JSON -------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
@@ -98,10 +114,11 @@ class Sensitivity:
         units = [{"layers": list(unit.layers), "block": unit.block, "kl": keyed(own)} for unit, own in zip(self.units, self.kl, strict=True)]
         pairs = None if self.pairs is None else [[i, j, term] for (i, j), term in sorted(self.pairs.items())]
         data = {
-            "version": VERSION, **self.setting.__dict__, "base": self.base, "uniform": keyed(self.uniform), "units": units,
+            "version": VERSION, **asdict(self.setting), "base": self.base, "uniform": keyed(self.uniform), "units": units,
             "pair_bits": self.pair_bits, "pairs": pairs,
         }  # fmt: skip
-        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+        text = json.dumps(data, indent=1, allow_nan=False)
+        return re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text) + "\n"  # a row of numbers a line
 
     @staticmethod
     def from_json(text: str, source: str = FILE) -> "Sensitivity":
@@ -110,7 +127,10 @@ class Sensitivity:
             data: Any = json.loads(text)
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']}, not {VERSION}")
-            setting = Setting(*(_of(kind, data[name]) for name, kind in Setting.__annotations__.items()))
+            ids = tuple(tuple(_of(int, token) for token in row) for row in data["ids"])
+            if not ids or len({len(row) for row in ids}) != 1:
+                raise ValueError("sequences of different lengths")
+            setting = Setting(_of(str, data["checkpoint"]), _of(str, data["text"]), _of(str, data["reference"]), ids)
             units = tuple(Unit(tuple(_of(str, name) for name in row["layers"]), _of(int, row["block"])) for row in data["units"])
             pairs = None if data["pairs"] is None else {(_of(int, i), _of(int, j)): _number(term) for i, j, term in data["pairs"]}
             if any(not 0 <= i < j < len(units) for i, j in pairs or ()):
@@ -199,8 +219,7 @@ def measure_pairs(
     probe: Probe, known: Sensitivity, bits: int, samples: int | None, save: Save, progress: Progress = lambda *_: None
 ) -> Sensitivity:  # fmt: skip
     """I of all units within a block and of neighbouring blocks, at `bits`, on the first `samples` sequences."""
-    blocks = [unit.block for unit in known.units]
-    wanted = [(i, j) for i, j in combinations(range(len(blocks)), 2) if abs(blocks[i] - blocks[j]) <= 1 and -1 not in (blocks[i], blocks[j])]
+    blocks, wanted = [unit.block for unit in known.units], known.wanted_pairs
     pairs = dict(known.pairs or {}) if known.pair_bits == bits else {}
     base = _mean(probe.kl({}, samples))
     singles: dict[int, float] = {}
