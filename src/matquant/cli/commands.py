@@ -18,9 +18,9 @@ DEVICE = typer.Option("cpu", metavar="DEVICE", help="where to compute, for insta
 DTYPE = typer.Option("float32", metavar="DTYPE", help="type of activations: float32, bfloat16 or float16")
 REMOTE = typer.Option(False, "--trust-remote-code", help="run the model's own Python code; read it first")
 GGUF = typer.Option(None, "--gguf-file", metavar="NAME", help="name of a GGUF file inside the model's folder", show_default=False)
-PLAN_HELP = 'JSON file {"default": bits, "layers": {name: bits}}'
-PLAN = typer.Option(None, "--plan", metavar="FILE", help=PLAN_HELP, show_default=False)
-PLANS = typer.Option(None, "--plan", metavar="FILE", help=PLAN_HELP + "; may be given again", show_default=False)
+PLAN_HELP = "a plan of the checkpoint by name, a plan file, or bits a weight such as 3.5: the best plan of that size, if matquant plan has measured"
+PLAN = typer.Option(None, "--plan", metavar="PLAN", help=PLAN_HELP, show_default=False)
+PLANS = typer.Option(None, "--plan", metavar="PLAN", help=PLAN_HELP + "; may be given again", show_default=False)
 
 
 def quantize(
@@ -70,7 +70,7 @@ def quantize(
 def evaluate(
     folder: str = SOURCE,
     bits: str | None = typer.Option(None, metavar="BITS,...", help="widths to measure, for instance 8,6,4,3,2", show_default="all that are here"),
-    plan: list[Path] | None = PLANS,
+    plan: list[str] | None = PLANS,
     text: str | None = typer.Option(None, metavar="TEXT", help="FILE.txt, FILE.jsonl or hf:DATASET[:SPLIT]", show_default="sampled from the model"),
     reference: str | None = typer.Option(None, metavar="MODEL", help="the original model; adds its row, KL and top-1", show_default=False),
     gguf_file: str | None = GGUF,
@@ -95,7 +95,7 @@ def generate(
     folder: str = SOURCE,
     prompt: str = typer.Argument(..., metavar="PROMPT", help="text to continue", show_default=False),
     bits: int | None = typer.Option(None, help="read width", show_default="the checkpoint's"),
-    plan: Path | None = PLAN,
+    plan: str | None = PLAN,
     max_new_tokens: int = typer.Option(64, min=1, help="tokens to add at most"),
     temperature: float = typer.Option(0.0, min=0.0, help="0 = greedy"),
     seed: int = typer.Option(0, help="of sampling"),
@@ -105,11 +105,10 @@ def generate(
 ) -> None:
     """Continue a prompt at one width or plan."""
     from matquant.cli import run, show
-    from matquant.plan import BitPlan
 
     if bits is not None and plan is not None:
         raise RecipeError("--bits and --plan both say at which width to read; give one")
-    width = bits if plan is None else BitPlan.load(plan)
+    width = bits if plan is None else plan
     show.completion(run.complete(folder, width, prompt, max_new_tokens, temperature, seed, device, dtype), as_json)
 
 

@@ -141,7 +141,7 @@ def _up(value: float, digits: int) -> str:
     return f"{math.ceil(value * 10**digits - 1e-6) / 10**digits:g}"
 
 
-def _size(count: float) -> str:
+def _size(count: int) -> str:
     """Bytes for people, rounded up: typed back, it is enough."""
     unit = next((unit for unit in ("GB", "MB", "kB") if count >= UNITS[unit]), "B")
     return f"{_up(count / UNITS[unit], 3)}{unit}"

@@ -60,8 +60,8 @@ def evolve(
     """
     problem.check(budget)
     chance, began = random.Random(seed), time.monotonic()
-    whole = stages[-1].samples
-    best = fill(problem, budget, start, chance) if problem.cost(start) <= budget else start
+    whole, ladder = stages[-1].samples, Ladder.of(problem)
+    best = fill(ladder, budget, start, chance) if problem.cost(start) <= budget else start
     found = [Step(0, 0.0, loss(start, whole), start)]
     tried = {start, best}
     if best != start and (value := loss(best, whole)) < found[0].loss:
@@ -70,7 +70,7 @@ def evolve(
     for generation in range(1, generations + 1):
         if time.monotonic() - began > seconds:
             break
-        alive = _children(problem, budget, found[-1].choice, children, chance, tried)
+        alive = _children(ladder, budget, found[-1].choice, children, chance, tried)
         if not alive:
             break
         for stage in stages:
@@ -83,11 +83,11 @@ def evolve(
     return found
 
 
-def _children(problem: Problem, budget: int, parent: Choice, count: int, chance: random.Random, tried: set[Choice]) -> list[Choice]:
+def _children(ladder: "Ladder", budget: int, parent: Choice, count: int, chance: random.Random, tried: set[Choice]) -> list[Choice]:
     """New ones: as many as can be found."""
     found: list[Choice] = []
     for _ in range(TRIES * count):
-        child = mutate(problem, budget, parent, chance)
+        child = mutate(ladder, budget, parent, chance)
         if child not in tried:
             tried.add(child)
             found.append(child)
@@ -96,43 +96,54 @@ def _children(problem: Problem, budget: int, parent: Choice, count: int, chance:
     return found
 
 
-def mutate(problem: Problem, budget: int, parent: Choice, chance: random.Random) -> Choice:
+@dataclass(frozen=True)
+class Ladder:
+    """The widths of every unit from cheap to dear, and what each rung costs."""
+
+    widths: list[list[int]]
+    costs: list[list[int]]
+
+    @staticmethod
+    def of(problem: Problem) -> "Ladder":
+        order = np.argsort(problem.costs, 1, kind="stable")
+        return Ladder(order.tolist(), np.take_along_axis(problem.costs, order, 1).tolist())
+
+    def place(self, choice: Choice) -> list[int]:
+        """On which rung every unit is."""
+        return [rungs.index(k) for rungs, k in zip(self.widths, choice, strict=True)]
+
+    def choice(self, place: list[int]) -> Choice:
+        return tuple(rungs[p] for rungs, p in zip(self.widths, place, strict=True))
+
+    def cost(self, place: list[int]) -> int:
+        return sum(rungs[p] for rungs, p in zip(self.costs, place, strict=True))
+
+
+def mutate(ladder: Ladder, budget: int, parent: Choice, chance: random.Random) -> Choice:
     """One to three units a rung up (EvoPress' count: the smaller of two dice), others down until the budget is met, what is left filled."""
-    rungs, place = _ladder(problem, parent)
-    raised = chance.sample(range(len(parent)), min(len(parent), chance.randint(1, 3), chance.randint(1, 3)))
+    place = ladder.place(parent)
+    raised = chance.sample(range(len(place)), min(len(place), chance.randint(1, 3), chance.randint(1, 3)))
     for unit in raised:
-        place[unit] = min(place[unit] + 1, len(rungs[unit]) - 1)
-    choice = _at(rungs, place)
-    while problem.cost(choice) > budget:
-        lower = [unit for unit in range(len(parent)) if place[unit] > 0]
+        place[unit] = min(place[unit] + 1, len(ladder.costs[unit]) - 1)
+    while ladder.cost(place) > budget:
+        lower = [unit for unit in range(len(place)) if place[unit] > 0]
         others = [unit for unit in lower if unit not in raised]
         place[chance.choice(others or lower)] -= 1
-        choice = _at(rungs, place)
-    return fill(problem, budget, choice, chance)
+    return ladder.choice(_filled(ladder, budget, place, chance))
 
 
-def fill(problem: Problem, budget: int, choice: Choice, chance: random.Random) -> Choice:
+def fill(ladder: Ladder, budget: int, choice: Choice, chance: random.Random) -> Choice:
     """Units a rung up, in random order, until none fits any more."""
-    rungs, place = _ladder(problem, choice)
-    spare = budget - problem.cost(choice)
-    open_ = list(range(len(choice)))
-    while open_:
-        unit = open_.pop(chance.randrange(len(open_)))
-        if place[unit] + 1 == len(rungs[unit]):
-            continue
-        more = int(problem.costs[unit, rungs[unit][place[unit] + 1]] - problem.costs[unit, rungs[unit][place[unit]]])
-        if more <= spare:
+    return ladder.choice(_filled(ladder, budget, ladder.place(choice), chance))
+
+
+def _filled(ladder: Ladder, budget: int, place: list[int], chance: random.Random) -> list[int]:
+    place, spare, waiting = list(place), budget - ladder.cost(place), list(range(len(place)))
+    while waiting:
+        unit = waiting.pop(chance.randrange(len(waiting)))
+        rungs, here = ladder.costs[unit], place[unit]
+        if here + 1 < len(rungs) and rungs[here + 1] - rungs[here] <= spare:
+            spare -= rungs[here + 1] - rungs[here]
             place[unit] += 1
-            spare -= more
-            open_.append(unit)
-    return _at(rungs, place)
-
-
-def _ladder(problem: Problem, choice: Choice) -> tuple[list[list[int]], list[int]]:
-    """(the widths of every unit from cheap to dear, where on it the choice is)."""
-    rungs = [[int(k) for k in np.argsort(row, kind="stable")] for row in problem.costs]
-    return rungs, [rung.index(k) for rung, k in zip(rungs, choice, strict=True)]
-
-
-def _at(rungs: list[list[int]], place: list[int]) -> Choice:
-    return tuple(rung[p] for rung, p in zip(rungs, place, strict=True))
+            waiting.append(unit)
+    return place

@@ -53,11 +53,6 @@ def as_plan(units: Iterable[Unit], bits: Iterable[int]) -> BitPlan:
     return BitPlan(default, {name: width for name, width in given.items() if width != default})
 
 
-def widths_of(units: Iterable[Unit], plan: BitPlan) -> list[tuple[int, ...]]:
-    """The widths that a plan gives the layers of each unit: one, unless it splits the unit."""
-    return [tuple(sorted({plan.bits(name) for name in unit.layers})) for unit in units]
-
-
 def separate(checkpoint: Checkpoint) -> tuple[Unit, ...]:
     """Every layer a unit of its own: for engines that fuse nothing."""
     return tuple(sorted((Unit((name,), _block(name)) for name in checkpoint.modules), key=lambda unit: unit.block))
