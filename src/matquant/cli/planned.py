@@ -17,6 +17,8 @@ from matquant.search.session import Session, Source, written
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from matquant.cli.plans import Ask
+
 FRONT_EXACT = 8  # exact minima between those of the hull
 
 
@@ -57,33 +59,48 @@ def source(
     return Source(sequences, lambda: run.load_original(reference, gguf_file, setup), public(reference))
 
 
-def find(
-    session: Session,
-    budget: Budget,
-    solver: str,
-    loss: str,
-    search: planning.Search,
-    measure: bool,
-    name: str,
-    progress: Callable[[str, int, int], None],
-) -> Found:
+@dataclass(frozen=True)
+class Way:
+    """How to find a plan and what to do with it. output: a file for it; None = in the checkpoint, by its name."""
+
+    solver: str
+    loss: str
+    search: planning.Search
+    measure: bool
+    name: str
+    output: Path | None
+
+
+def carry_out(
+    session: Session, ask: "Ask", way: Way, pareto: Path | None, progress: Callable[[str, int, int], None]
+) -> tuple[Found | None, list[Point]]:
+    """(the plan, found and stored, if there is a budget; what was drawn). Raises PlanError, InputError."""
+    found = None if ask.name is None else store(find(session, ask.of(session.model, session.device), way, progress), session, way.output)
+    if pareto is None:
+        return found, []
+    points = front(session, found)
+    charts.draw(pareto, points, None if found is None else found.plan, list(session.model.shapes))
+    return found, points
+
+
+def find(session: Session, budget: Budget, way: Way, progress: Callable[[str, int, int], None]) -> Found:
     """Raises PlanError, InputError."""
-    wanted = "round-off" if solver == "round-off" else loss
-    for value, allowed, words in ((solver, planning.SOLVERS, "solver"), (loss, planning.LOSSES, "loss")):
+    for value, allowed, words in ((way.solver, planning.SOLVERS, "solver"), (way.loss, planning.LOSSES, "loss")):
         if value not in allowed:
             raise PlanError(f"{words} is {value!r}; {choices(value, allowed)}")
-    task = planning.Task(session.model, session.structure.units, budget, {}, {}, session.probe)
     solve.Problem(budget.costs, budget.costs * 0.0, {}, budget.show).check(budget.limit)  # before anything is measured
-    losses = {wanted: session.losses(wanted)}
-    pairs = session.measured(pairs=True).pair_terms(session.widths) if solver == "quadratic" else {}
-    found = replace(task, losses=losses, pairs=pairs).solve(solver, loss, search, progress)
+    loss = "round-off" if way.solver == "round-off" else way.loss
+    losses = {loss: session.losses(loss)}
+    pairs = session.measured(pairs=True).pair_terms(session.widths) if way.solver == "quadratic" else {}
+    task = planning.Task(session.model, session.structure.units, budget, losses, pairs, session.probe)
+    found = task.solve(way.solver, loss, way.search, progress)
     predicted = session.predicted(found.plan)
-    measured = session.probe().kl_of_plan(found.plan) if measure else None
+    measured = session.probe().kl_of_plan(found.plan) if way.measure else None
     text = "" if session.known is None else session.known.setting.text
-    about = planning.about(solver, wanted, budget.show(budget.limit), predicted, measured, text)
+    about = planning.about(way.solver, loss, budget.show(budget.limit), predicted, measured, text)
     plan = BitPlan(found.plan.default, found.plan.overrides, about)
     bits = plan.read_bits(session.model.shapes, session.model.layout)
-    return Found(name, plan, bits / session.model.weights, session.model.other_bytes + -(-bits // 8), predicted, measured, found.seconds)
+    return Found(way.name, plan, bits / session.model.weights, session.model.other_bytes + -(-bits // 8), predicted, measured, found.seconds)
 
 
 def store(found: Found, session: Session, output: Path | None) -> Found:
@@ -115,10 +132,6 @@ def front(session: Session, found: Found | None) -> list[Point]:
         if kl is not None:
             points.append(Point(name, "plan", plan.mean_bits(model.shapes, model.layout), kl, isinstance(measured, float)))
     return points
-
-
-def draw(path: Path, points: Sequence[Point], found: Found | None, session: Session) -> None:
-    charts.draw(path, points, None if found is None else found.plan, list(session.model.shapes))
 
 
 # --- shown ----------------------------------------------------------------------------------------------------------

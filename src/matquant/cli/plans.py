@@ -124,19 +124,12 @@ def plan(
     from matquant.search.session import Session
 
     ask = Ask(budget, whole_model, max_bytes, max_memory, fit, ctx, min_speed, latency)
-    called = ask.name
-    if called is None and pareto is None:
+    if ask.name is None and pareto is None:
         raise RecipeError("there is no budget; give --budget, --max-bytes, --max-memory, --fit or --min-speed, or --pareto FILE for the whole front")
     run.prepare(device, dtype)
     source = planned.source(folder, text, num_samples, seq_len, seed, reference, gguf_file, device, dtype)
     with show.Progress() as progress:
         session = Session(Checkpoint.open(folder), source, sensitivity, split, again, device, dtype, progress)
-        found = None
-        if called is not None:
-            search = Search(generations, seed=seed)
-            found = planned.find(session, ask.of(session.model, device), solver, loss, search, measure, name or called, progress)
-            found = planned.store(found, session, output)
-        points = planned.front(session, found) if pareto is not None else []
-        if pareto is not None:
-            planned.draw(pareto, points, found, session)
+        way = planned.Way(solver, loss, Search(generations, seed=seed), measure, name or ask.name or "", output)
+        found, points = planned.carry_out(session, ask, way, pareto, progress)
     planned.show_found(found, points, as_json, list(session.model.shapes))

@@ -63,7 +63,7 @@ class Probe:
         prefix = self.model.base_model_prefix
         known = dict(self.model.named_modules())
         names = {name: name if name in known else name.removeprefix(f"{prefix}.") for unit in self.units for name in unit.layers}
-        self.layers: dict[str, nn.Module] = {name: known[path] for name, path in names.items()}
+        self.layers: dict[str, Any] = {name: known[path] for name, path in names.items()}
         self.widths = {name: self.widest for name in self.layers}  # as they are now
         self._reads: dict[tuple[str, int], Tensor] = {(name, self.widest): layer.weight.data for name, layer in self.layers.items()}
         self._spare = KEPT_BYTES

@@ -77,7 +77,7 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
+        config: Any = transformers.AutoConfig.from_pretrained(checkpoint.folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
@@ -113,8 +113,8 @@ def _call(model: Any, checkpoint: Checkpoint, device: torch.device) -> Structure
         for hook in hooks:
             hook.remove()
     head = model.get_output_embeddings()
-    free = head is not None and not any(model.get_submodule(path) is head for path in paths)
-    return Structure(_group(list(checkpoint.modules), seen), _cache(output), head.weight.numel() if free else 0)
+    free = not any(model.get_submodule(path) is head for path in paths)
+    return Structure(_group(list(checkpoint.modules), seen), _cache(output), head.weight.numel() if head is not None and free else 0)
 
 
 def _path(model: Any, name: str) -> str:
