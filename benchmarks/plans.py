@@ -134,6 +134,9 @@ class Bench:
         entry = {"solver": name, "budget": bits, "bits": round(plan.mean_bits(self.checkpoint.modules, self.checkpoint.layout), 4)}
         entry |= {"choice": "".join(str(self.session.widths[k]) for k in found.choice), "seconds": round(found.seconds, 3), "gap": found.gap}
         entry |= {"predicted_kl": self.session.predicted(plan), **more}
+        before = self.results["plans"].get(f"{name}/{bits:g}", {})
+        if before.get("choice") == entry["choice"] and "kl" in before:
+            entry["kl"] = before["kl"]  # it was scored
         self.add("plans", f"{name}/{bits:g}", entry)
         print({key: entry[key] for key in ("solver", "budget", "bits", "seconds", "predicted_kl")}, flush=True)
 
