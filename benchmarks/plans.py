@@ -6,7 +6,6 @@
 
 measure   sensitivities of all units at all widths, on --num-samples sequences of --train, compared with the checkpoint's own widest read
 pairs     of units within a block and of neighbouring blocks
-around    the same as measure with all other units at a width of --around, on --around-samples sequences, and exact plans from that
 solve     exact, quadratic, fisher, output-error, round-off, the paper's four schedules (their counts of blocks chosen with hindsight)
 evolve    from the exact solution, on --search-samples sequences of --train, --search-seconds a budget; long: --long-seconds at one budget
 score     KL to the original of every plan and every uniform width, on --score-samples sequences of each --text
@@ -39,7 +38,7 @@ from matquant.search.probe import Probe
 from matquant.search.session import Session
 from matquant.search.units import as_plan
 
-STAGES = ("measure", "pairs", "around", "solve", "evolve", "long", "score")
+STAGES = ("measure", "pairs", "solve", "evolve", "long", "score")
 SOLVERS: dict[str, tuple[str, str]] = {  # name -> (solver, loss)
     "exact": ("exact", "kl"),
     "quadratic": ("quadratic", "kl"),
@@ -61,14 +60,9 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.checkpoint = options, Checkpoint.open(options.checkpoint)
         options.work.mkdir(parents=True, exist_ok=True)
+        found = source(options.checkpoint, options.train, options.num_samples, options.seq_len, options.seed, None, None, "cpu", "float32")
+        self.session = Session(self.checkpoint, found, options.work / "sensitivity.json", progress=self.tell)
         self.told = 0.0
-        self.session = self.opened(options.num_samples, None)
-
-    def opened(self, samples: int, around: int | None) -> Session:
-        options = self.options
-        found = source(options.checkpoint, options.train, samples, options.seq_len, options.seed, None, None, "cpu", "float32")
-        file = options.work / ("sensitivity.json" if around is None else f"sensitivity-{around}.json")
-        return Session(self.checkpoint, found, file, around=around, progress=self.tell)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -79,10 +73,7 @@ class Bench:
         """Read before it is written: another process may have added to it."""
         data = self.results
         data[section][key] = value
-        setting = {
-            name: getattr(self.options, name)
-            for name in ("num_samples", "seq_len", "around_samples", "search_samples", "score_samples", "score_len", "seed")
-        }
+        setting = {name: getattr(self.options, name) for name in ("num_samples", "seq_len", "search_samples", "score_samples", "score_len", "seed")}
         setting |= {"train": Path(self.options.train).name, "texts": [Path(text).name for text in self.options.text]}
         data |= {"name": self.options.name, "setting": setting, "units": len(self.session.structure.units)}
         self.options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,18 +101,6 @@ class Bench:
         started, before = now(), len(self.session.measured().pairs or ())
         found = self.session.measured(pairs=True)
         self.step("pairs", started, resumed_from=before, measured=len(found.pairs or ()), bits=found.pair_bits)
-
-    def around(self) -> None:
-        for width in self.options.around:
-            session = self.opened(self.options.around_samples, width)
-            started, before = now(), 0 if session.known is None else sum(map(len, session.known.kl))
-            losses = {"kl": session.losses("kl")}
-            found = session.measured()
-            self.step(f"around {width}", started, resumed_from=before, measured=sum(map(len, found.kl)))
-            for bits in self.options.budgets:
-                task = Task(session.model, session.structure.units, budget.mean_bits(session.model, bits), losses, {})
-                solved = task.solve("exact")
-                self.keep(f"around-{width}", bits, solved, predicted_kl=session.predicted(solved.plan))
 
     def task(self, bits: float, probe: Callable[[], Probe] | None = None) -> Task:
         limit = budget.mean_bits(self.session.model, bits)
@@ -216,7 +195,6 @@ class Bench:
                 self.add("plans", key, entry)
                 print(key, text, round(scored[text], 4), flush=True)
             self.step(f"score {text}", started, tokens=sequences.numel())
-            del probe  # before the next text has one
 
 
 def main() -> None:
@@ -231,8 +209,6 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="*", default=[2.5, 3, 3.5, 4, 5, 6])
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--around", type=int, nargs="*", default=[3])
-    parser.add_argument("--around-samples", type=int, default=2)
     parser.add_argument("--search-samples", type=int, default=16)
     parser.add_argument("--search-seconds", type=float, default=120)
     parser.add_argument("--long", type=float, nargs="*", default=[3.5], help="budgets of the long search")

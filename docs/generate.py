@@ -156,7 +156,6 @@ def speed(model: str) -> str:
 PLAN_SOLVERS = {
     "exact": "exact",
     "quadratic": "exact with pairs",
-    "around-3": "exact, all else at 3 bits while measuring",
     "evolve": "evolution from the exact plan",
     "evolve-long": "the same, longer",
     "fisher": "exact, on Fisher-weighted error",

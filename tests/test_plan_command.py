@@ -16,7 +16,6 @@ from matquant.errors import PlanError
 from matquant.plan import BitPlan
 from matquant.search import probe, session
 from matquant.search.planning import SOLVERS
-from matquant.search.plans import nearest
 from matquant.search.sensitivity import FILE
 
 Capture = pytest.CaptureFixture[str]
@@ -153,23 +152,6 @@ def test_what_was_compared_with_is_remembered(
     assert "sensitivities were measured against" in fails(capsys, 3, *common)
     answer(capsys, *common, "--again")
     assert json.loads(Path(table).read_text())["base"] == pytest.approx(0, abs=1e-6)
-
-
-def test_sensitivities_around_the_width_nearest_to_a_number_decide(own: Path, capsys: Capture) -> None:
-    answer(capsys, "plan", str(own), "--budget", "6", "--name", "wide", *QUICK)
-    found = answer(capsys, "plan", str(own), "--budget", "4.2", "--around", "3", *QUICK)["found"]
-    assert found["measured_kl"] > 0 and found["predicted_kl"] > 0
-    assert (own / "sensitivity-3.json").is_file() and json.loads((own / "sensitivity-3.json").read_text())["around"] == 3
-    checkpoint = Checkpoint.open(own)
-    for bits, around in ((3.5, 3), (8.0, 8)):
-        known = nearest(checkpoint, bits)
-        assert known is not None and known.setting.around == around
-    assert verify(own) == []
-    message = fails(capsys, 3, "plan", str(own), "--budget", "4", "--around", "3", "--solver", "quadratic")
-    assert "pairs of units are measured with all else at the widest; leave out --around" in message
-    assert "around is 5; choose from 8, 6, 4, 3, 2" in fails(capsys, 3, "plan", str(own), "--budget", "4", "--around", "5")
-    other = ("--sensitivity", str(own / "sensitivity-3.json"))
-    assert "was measured around 3 bits; give --around 3, or --again" in fails(capsys, 3, "plan", str(own), "--budget", "4", *other)
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])

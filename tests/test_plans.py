@@ -33,7 +33,7 @@ def planned(own: Path) -> Path:
     checkpoint = Checkpoint.open(own)
     units = examine(checkpoint).units
     kl = tuple({r: (1 + i) * 4.0**-r for r in (6, 4, 3, 2)} for i in range(len(units)))
-    found = Sensitivity(Setting(identity(checkpoint), "none", "none", ((1, 2),), 8), units, 0.0, kl, {8: 0.0, 2: 5.0})
+    found = Sensitivity(Setting(identity(checkpoint), "none", "none", ((1, 2),)), units, 0.0, kl, {8: 0.0, 2: 5.0})
     add_files(own, {"plans/careful.json": MIXED.to_json().encode(), sensitivity.FILE: found.to_json().encode()})
     return own
 

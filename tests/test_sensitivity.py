@@ -32,7 +32,7 @@ def probe(rounded: Rounded) -> Probe:
 @pytest.fixture(scope="module")
 def fresh(probe: Probe) -> Sensitivity:
     ids = tuple(tuple(row) for row in IDS.tolist())
-    return start(Setting(identity(probe.checkpoint), "numbers", "itself", ids, 8), probe.units)
+    return start(Setting(identity(probe.checkpoint), "numbers", "itself", ids), probe.units)
 
 
 @pytest.fixture(scope="module")
@@ -164,23 +164,3 @@ def test_a_file_too_long_is_not_read(found: Sensitivity, rounded: Rounded, tmp_p
     monkeypatch.setattr(sensitivity, "MAX_BYTES", 10)
     with pytest.raises(InputError, match="is longer than 10 bytes"):
         load(tmp_path / "s.json", Checkpoint.open(rounded("llama")))
-
-
-# --- around another width -------------------------------------------------------------------------------------------
-
-
-def test_all_else_may_be_at_another_width(probe: Probe, fresh: Sensitivity) -> None:
-    around = measure(probe, replace(fresh, setting=replace(fresh.setting, around=4)), WIDTHS, lambda _: None)
-    everything = dict.fromkeys(range(8), 4)
-    assert around.base == pytest.approx(kl(probe, everything), rel=1e-5) and set(around.kl[0]) == {8, 2}
-    for i, r in ((0, 8), (3, 2), (7, 2)):
-        assert around.kl[i][r] == pytest.approx(kl(probe, everything | {i: r}), rel=1e-3, abs=1e-8)
-    losses = around.losses(WIDTHS)
-    assert (losses[:, 1] == 0).all() and (losses[:, 0] < 0).any() and (losses[:, 2] > 0).all()
-    for k, r in ((1, 4), (2, 2)):
-        assert around.predict(float(losses[:, k].sum())) == pytest.approx(around.uniform[r], rel=1e-5)
-    totals = np.linspace(2 * float(losses[:, 0].sum()), 2 * float(losses[:, 2].sum()), 40)
-    predicted = [around.predict(float(total)) for total in totals]
-    assert predicted == sorted(predicted)
-    assert Sensitivity.from_json(around.to_json()) == around
-    assert float(probe.kl({}).abs().max()) < 1e-6  # the probe is as it was

@@ -110,9 +110,6 @@ def plan(
         None, metavar="MODEL", help="the original model to compare with", show_default="the checkpoint's widest read"
     ),
     gguf_file: str | None = GGUF,
-    around: int | None = typer.Option(
-        None, metavar="BITS", help="width of all other layers while one is measured; near the budget is best", show_default="the widest"
-    ),
     sensitivity: Path | None = typer.Option(None, metavar="FILE", help="where measurements are kept", show_default="in the checkpoint"),
     again: bool = typer.Option(False, "--again", help="forget what was measured"),
     generations: int = typer.Option(20, min=1, help="of solver evolve"),
@@ -132,7 +129,7 @@ def plan(
     run.prepare(device, dtype)
     source = planned.source(folder, text, num_samples, seq_len, seed, reference, gguf_file, device, dtype)
     with show.Progress() as progress:
-        session = Session(Checkpoint.open(folder), source, sensitivity, split, again, device, dtype, around, progress)
+        session = Session(Checkpoint.open(folder), source, sensitivity, split, again, device, dtype, progress)
         way = planned.Way(solver, loss, Search(generations, seed=seed), measure, name or ask.name or "", output)
         found, points = planned.carry_out(session, ask, way, pareto, progress)
     planned.show_found(found, points, as_json, list(session.model.shapes))

@@ -39,7 +39,7 @@ def resolve(folder: Path, wanted: Wanted, fetched: bool = True) -> int | BitPlan
     if bits is None:
         known = f"the plans of {folder}: {choices(text, named)}" if named else f"{folder} holds no plans"
         raise PlanError(f"no plan {text!r}: it is no file, no number, and {known}; make one with matquant plan")
-    measured = nearest(checkpoint, bits)
+    measured = sensitivity.load(folder / sensitivity.FILE, checkpoint)
     if measured is None:
         raise PlanError(f"{folder} holds no plan {text!r} and no sensitivities to find one by; run matquant plan {folder} --budget {text}")
     return within(checkpoint, measured, bits, checkpoint.widths if fetched else checkpoint.layout.widths)
@@ -55,14 +55,6 @@ def stored(checkpoint: Checkpoint) -> dict[str, BitPlan]:
             raise PlanError(f"cannot read the plan {name}: {error}; give a JSON file") from None
         found[name.removeprefix("plans/").removesuffix(".json")] = BitPlan.from_json(text, str(checkpoint.folder / name))
     return found
-
-
-def nearest(checkpoint: Checkpoint, bits: float) -> Sensitivity | None:
-    """Of the sensitivities in the folder those around the width whose size is nearest; None if there are none."""
-    paths = sorted(checkpoint.folder.glob(sensitivity.FILE.replace(".", "*.")))
-    found = [known for path in paths if (known := sensitivity.load(path, checkpoint)) is not None]
-    away = lambda known: abs(BitPlan(known.setting.around).mean_bits(checkpoint.modules, checkpoint.layout) - bits)  # noqa: E731
-    return min(found, key=away, default=None)
 
 
 def within(checkpoint: Checkpoint, measured: Sensitivity, bits: float, widths: tuple[int, ...]) -> BitPlan:

@@ -1,7 +1,6 @@
 """What every unit adds to the KL of the whole model when it alone is read narrower, measured once and kept as JSON.
 
-    L(i, r)       KL with unit i at r bits and all else at the widest; L(0) with all at the widest (0 where that is the reference itself).
-                  Or all else at another width b: the widths of a nested checkpoint are made for each other, and near b that is what counts
+    L(i, r)       KL with unit i at r bits and all else at the widest; L(0) with all at the widest (0 where that is the reference itself)
     I(i, j)       L(i, j) - L(i) - L(j) + L(0) at one width, for units of one block and of neighbouring blocks (CLADO, https://arxiv.org/abs/2307.05657)
 
 To second order KL is a square, |d_1 + d_2 + ...|^2 / 2 in the metric of the predictions: I is twice the inner product of two units' effects, and other
@@ -40,16 +39,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """What numbers depend on: the checkpoint's weights, the text, what was compared with, and the width of all other units.
-
-    text: in words. ids: its sequences, one length all.
-    """
+    """What numbers depend on: the checkpoint's weights, the text, and what was compared with. text: in words. ids: its sequences, one length all."""
 
     checkpoint: str
     text: str
     reference: str
     ids: tuple[tuple[int, ...], ...]
-    around: int
 
     @property
     def sequences(self) -> Int[Tensor, "samples length"]:
@@ -72,15 +67,15 @@ class Sensitivity:
     pairs: Mapping[tuple[int, int], float] | None = None
 
     def losses(self, widths: Sequence[int]) -> Float[np.ndarray, "units widths"]:
-        """L(i, r) - L(0); 0 at the width of all else, and not below where that is the widest. Raises InputError where something was not measured."""
-        around = self.setting.around
-        missing = [(unit, r) for unit, own in zip(self.units, self.kl, strict=True) for r in widths if r not in own and r != around]
+        """L(i, r) - L(0), not below 0; 0 at the widest. Raises InputError where something was not measured."""
+        widest = max(widths)
+        missing = [(unit, r) for unit, own in zip(self.units, self.kl, strict=True) for r in widths if r not in own and r != widest]
         if missing:
             raise InputError(
                 f"{len(missing)} sensitivities are missing, {missing[0][0].layers[0]} at {missing[0][1]} bits the first; run matquant plan"
             )
-        rows = np.array([[0.0 if r == around else own[r] - self.base for r in widths] for own in self.kl])
-        return rows.clip(min=0.0) if around == max(widths) else rows
+        rows = [[0.0 if r == widest else max(own[r] - self.base, 0.0) for r in widths] for own in self.kl]
+        return np.array(rows)
 
     def pair_terms(self, widths: Sequence[int]) -> dict[tuple[int, int], Float[np.ndarray, "widths widths"]]:
         """I of every pair at all widths. Raises InputError where no pairs were measured."""
@@ -94,8 +89,6 @@ class Sensitivity:
         """The KL of a plan whose losses sum to `total`."""
         known = {r for own in self.kl for r in own}
         points = sorted((sum(own.get(r, math.nan) - self.base for own in self.kl), kl) for r, kl in self.uniform.items() if r in known)
-        if any(x < 0 for x, _ in points):
-            return self._predict_around(total, points)
         points = [(x, y - self.base) for x, y in points if x > 0 and y - self.base > 0]
         if total <= 0 or not points:
             return self.base + max(total, 0.0)
@@ -103,11 +96,6 @@ class Sensitivity:
             return self.base + total * points[0][1] / points[0][0]
         xs, ys = np.log([x for x, _ in points]), np.log([y for _, y in points])
         return self.base + float(np.exp(np.interp(math.log(total), xs, ys)))
-
-    def _predict_around(self, total: float, points: Sequence[tuple[float, float]]) -> float:
-        """Losses around a width that others are wider than may be negative: straight in the logarithm of KL alone."""
-        xs, ys = zip(*sorted([*((x, y) for x, y in points if y > 0), (0.0, self.base)]), strict=True)
-        return float(np.exp(np.interp(total, xs, np.maximum.accumulate(np.log(ys)))))
 
     @property
     def wanted_pairs(self) -> list[tuple[int, int]]:
@@ -142,7 +130,7 @@ class Sensitivity:
             ids = tuple(tuple(_of(int, token) for token in row) for row in data["ids"])
             if not ids or len({len(row) for row in ids}) != 1:
                 raise ValueError("sequences of different lengths")
-            setting = Setting(_of(str, data["checkpoint"]), _of(str, data["text"]), _of(str, data["reference"]), ids, _of(int, data["around"]))
+            setting = Setting(_of(str, data["checkpoint"]), _of(str, data["text"]), _of(str, data["reference"]), ids)
             units = tuple(Unit(tuple(_of(str, name) for name in row["layers"]), _of(int, row["block"])) for row in data["units"])
             pairs = None if data["pairs"] is None else {(_of(int, i), _of(int, j)): _number(term) for i, j, term in data["pairs"]}
             if any(not 0 <= i < j < len(units) for i, j in pairs or ()):
@@ -207,14 +195,12 @@ def start(setting: Setting, units: Sequence[Unit]) -> Sensitivity:
 
 def measure(probe: Probe, known: Sensitivity, widths: Sequence[int], save: Save, progress: Progress = lambda *_: None) -> Sensitivity:
     """All of L and the uniform widths; what `known` holds is not measured again. save: called after every unit that was."""
-    around, everything = known.setting.around, range(len(known.units))
-    narrow = [r for r in widths if r != around]
-    probe.rebase(dict.fromkeys(everything, around))
+    narrow = [r for r in widths if r != probe.widest]
     total, done = len(known.units) * len(narrow), sum(len(set(narrow) & set(own)) for own in known.kl)
     if not known.uniform:
         base = _mean(probe.kl({}))
-        uniform = {r: _mean(probe.kl(dict.fromkeys(everything, r))) for r in narrow}
-        known = replace(known, base=base, uniform={around: base} | uniform)
+        uniform = {r: _mean(probe.kl(dict.fromkeys(range(len(known.units)), r))) for r in narrow}
+        known = replace(known, base=base, uniform={probe.widest: base} | uniform)
         save(known)
     progress("sensitivity", done, total)
     for i in range(len(known.units)):
@@ -226,7 +212,6 @@ def measure(probe: Probe, known: Sensitivity, widths: Sequence[int], save: Save,
         if own != known.kl[i]:
             known = replace(known, kl=(*known.kl[:i], own, *known.kl[i + 1 :]))
             save(known)
-    probe.rebase(dict.fromkeys(everything, probe.widest))
     return known
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from matquant.checkpoint import Checkpoint, add_files
 from matquant.checkpoint.files import replace_whole
-from matquant.errors import InputError, PlanError, choices
+from matquant.errors import InputError
 from matquant.plan import BitPlan
 from matquant.search import proxies, sensitivity
 from matquant.search.plans import model_of
@@ -34,10 +34,7 @@ class Source:
 
 @dataclass
 class Session:
-    """file: where sensitivities are kept; None = in the checkpoint. split: every layer is a unit of its own. again: forget what was measured.
-
-    around: the width of all other units while one is measured; None = the widest.
-    """
+    """file: where sensitivities are kept; None = in the checkpoint. split: every layer is a unit of its own. again: forget what was measured."""
 
     checkpoint: Checkpoint
     source: Source
@@ -46,7 +43,6 @@ class Session:
     again: bool = False
     device: str = "cpu"
     dtype: str = "float32"
-    around: int | None = None
     progress: Callable[[str, int, int], None] = lambda *_: None
     structure: Structure = field(init=False)
     known: Sensitivity | None = field(init=False)
@@ -57,24 +53,13 @@ class Session:
         if self.split:
             self.structure = Structure(separate(self.checkpoint), self.structure.cache, self.structure.head)
         self.model = model_of(self.checkpoint, self.structure)
-        if self.around is not None and self.around not in self.widths:
-            raise PlanError(f"around is {self.around}; {choices(self.around, self.widths)}")
         self.known = None if self.again else sensitivity.load(self.path, self.checkpoint)
-        if self.known is not None and self.known.setting.around != (self.around or max(self.widths)):
-            raise InputError(
-                f"{self.path} was measured around {self.known.setting.around} bits; give --around {self.known.setting.around}, or --again"
-            )
         if self.known is not None and self.known.units != self.structure.units:
             raise InputError(f"{self.path} was measured on other units of layers; measure again (--again), or keep it apart (--sensitivity FILE)")
 
     @property
     def path(self) -> Path:
-        return self.file or self.checkpoint.folder / self.name
-
-    @property
-    def name(self) -> str:
-        """Of the file in the checkpoint."""
-        return sensitivity.FILE if self.around in (None, max(self.widths)) else sensitivity.FILE.replace(".", f"-{self.around}.")
+        return self.file or self.checkpoint.folder / sensitivity.FILE
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -84,8 +69,8 @@ class Session:
         """On the text of the sensitivities. Raises InputError where they were compared with another reference."""
         if self._probe is None:
             if self.known is None:
-                (ids, words), around = self.source.text(), self.around or max(self.widths)
-                setting = Setting(sensitivity.identity(self.checkpoint), words, self.source.name, tuple(tuple(row) for row in ids.tolist()), around)
+                ids, words = self.source.text()
+                setting = Setting(sensitivity.identity(self.checkpoint), words, self.source.name, tuple(tuple(row) for row in ids.tolist()))
                 self.known = sensitivity.start(setting, self.structure.units)
             if self.known.setting.reference != self.source.name:
                 raise InputError(f"sensitivities were measured against {self.known.setting.reference}; give the same --reference, or --again")
@@ -97,13 +82,11 @@ class Session:
 
     def measured(self, pairs: bool = False) -> Sensitivity:
         """All sensitivities, and pairs if they are wanted; what is not known is measured, and kept as it comes."""
-        narrow = set(self.widths) - {self.around or max(self.widths)}
+        narrow = set(self.widths) - {max(self.widths)}
         if self.known is None or any(narrow - set(own) for own in self.known.kl):
             probe = self.probe()
             assert self.known is not None
             self.known = sensitivity.measure(probe, self.known, self.widths, self._save, self.progress)
-        if pairs and self.known.setting.around != max(self.widths):
-            raise PlanError("pairs of units are measured with all else at the widest; leave out --around, or choose another solver")
         if pairs and not self.known.pairs_complete:
             bits = min((r for r in self.widths if r != max(self.widths)), key=lambda r: abs(r - PAIR_BITS))
             self.known = sensitivity.measure_pairs(self.probe(), self.known, bits, PAIR_SAMPLES, self._save, self.progress)
@@ -134,7 +117,7 @@ class Session:
         self.known = found
         content = found.to_json().encode()
         if self.file is None:
-            add_files(self.checkpoint.folder, {self.name: content})
+            add_files(self.checkpoint.folder, {sensitivity.FILE: content})
         else:
             replace_whole(self.file, content)
 
