@@ -195,6 +195,7 @@ class Bench:
                 self.add("plans", key, entry)
                 print(key, text, round(scored[text], 4), flush=True)
             self.step(f"score {text}", started, tokens=sequences.numel())
+            del probe  # before the next text has one
 
 
 def main() -> None:
