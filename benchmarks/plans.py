@@ -6,7 +6,7 @@
 
 measure   sensitivities of all units at all widths, on --num-samples sequences of --train, compared with the checkpoint's own widest read
 pairs     of units within a block and of neighbouring blocks
-solve     exact, quadratic, fisher, output-error, round-off, the paper's four schedules (their counts of blocks chosen with hindsight)
+solve     exact, quadratic, exact by modules, fisher, output-error, round-off, the paper's four schedules (their counts of blocks chosen with hindsight)
 evolve    from the exact solution, on --search-samples sequences of --train, --search-seconds a budget; long: --long-seconds at one budget
 score     KL to the original of every plan and every uniform width, on --score-samples sequences of each --text
 
@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peers import command
 from quality import evaluation, machine
@@ -36,7 +37,7 @@ from matquant.search import budget, planning
 from matquant.search.planning import SCHEDULES, Search, Task
 from matquant.search.probe import Probe
 from matquant.search.session import Session
-from matquant.search.units import as_plan
+from matquant.search.units import as_plan, by_module
 
 STAGES = ("measure", "pairs", "solve", "evolve", "long", "score")
 SOLVERS: dict[str, tuple[str, str]] = {  # name -> (solver, loss)
@@ -61,7 +62,7 @@ class Bench:
         self.options, self.checkpoint = options, Checkpoint.open(options.checkpoint)
         options.work.mkdir(parents=True, exist_ok=True)
         found = source(options.checkpoint, options.train, options.num_samples, options.seq_len, options.seed, None, None, "cpu", "float32")
-        self.session = Session(self.checkpoint, found, options.work / "sensitivity.json", progress=self.tell)
+        self.session = Session(self.checkpoint, found, options.work / "sensitivity.json", "fused", progress=self.tell)
         self.told = 0.0
 
     @property
@@ -124,10 +125,31 @@ class Bench:
                     self.keep(name, bits, task.solve(solver, loss))
                 except PlanError as error:
                     print(f"{name} at {bits}: {error}", flush=True)
+            if pairs:
+                self.keep("module", bits, self.by_module(bits))
         started = now()
         problem = self.task(self.options.budgets[0]).problem("kl")
         points = planning.solve.front(problem, 8)
         self.step("front", started, points=len(points))
+
+    def by_module(self, bits: float) -> planning.Found:
+        """Exact with one width for the attention and one for the MLP of a block. Their losses follow from those of their units and the pairs within,
+        as equal widths have them; `matquant plan` measures them as they are."""
+        known, widths, started = self.session.measured(), self.session.widths, time.perf_counter()
+        fused, costs, losses = self.session.structure.units, self.session.model.bits(), known.losses(self.session.widths)
+        merged = by_module(fused)
+        of = [next(m for m, unit in enumerate(merged) if own.layers[0] in unit.layers) for own in fused]
+        cost, loss = np.zeros((len(merged), len(widths)), dtype=np.int64), np.zeros((len(merged), len(widths)))
+        for i, m in enumerate(of):
+            cost[m] += costs[i]
+            loss[m] += losses[i]
+        for (i, j), terms in known.pair_terms(widths).items():
+            if of[i] == of[j]:
+                loss[of[i]] += terms.diagonal()
+        problem = planning.Problem(cost, loss.clip(min=0.0))
+        coarse = planning.solve.exact(problem, budget.mean_bits(self.session.model, bits).limit)
+        choice = tuple(coarse[m] for m in of)
+        return planning.Found(choice, as_plan(fused, [widths[k] for k in choice]), time.perf_counter() - started)
 
     def keep(self, name: str, bits: float, found: planning.Found, **more: Any) -> None:
         plan = found.plan

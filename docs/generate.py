@@ -154,7 +154,8 @@ def speed(model: str) -> str:
 
 
 PLAN_SOLVERS = {
-    "exact": "exact",
+    "module": "exact, a width for attention and MLP of a block",
+    "exact": "exact, a width for what engines fuse",
     "quadratic": "exact with pairs",
     "evolve": "evolution from the exact plan",
     "evolve-long": "the same, longer",

@@ -127,15 +127,23 @@ def test_fit_takes_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
         free_bytes("cpu")
 
 
-def test_units_take_one_width_unless_split(rounded: Callable[[str], Path], tmp_path: Path, capsys: Capture) -> None:
+def test_units_take_one_width(rounded: Callable[[str], Path], tmp_path: Path, capsys: Capture) -> None:
     folder, table, out = str(rounded("llama")), tmp_path / "layers.json", tmp_path / "plan.json"
-    fused = answer(capsys, "plan", folder, "--budget", "4", "--sensitivity", str(tmp_path / "units.json"), "-o", str(out), *QUICK)["found"]["plan"]
+    fused = answer(
+        capsys, "plan", folder, "--budget", "4", "--units", "fused", "--sensitivity", str(tmp_path / "units.json"), "-o", str(out), *QUICK
+    )["found"]["plan"]
     widths = BitPlan(fused["default"], fused["layers"])
     for block in (0, 1):
         for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
             module = "self_attn" if "q_proj" in parts else "mlp"
             assert len({widths.bits(f"model.layers.{block}.{module}.{part}") for part in parts}) == 1
-    split = answer(capsys, "plan", folder, "--budget", "4", "--split", "--sensitivity", str(table), "-o", str(out), *QUICK)["found"]
+    modules = answer(capsys, "plan", folder, "--budget", "4.3", "--no-measure", "--sensitivity", str(tmp_path / "m.json"), "-o", str(out), *QUICK)[
+        "found"
+    ]["plan"]
+    widths = BitPlan(modules["default"], modules["layers"])
+    assert len({widths.bits(f"model.layers.0.mlp.{part}") for part in ("gate_proj", "up_proj", "down_proj")}) == 1
+    assert len(json.loads((tmp_path / "m.json").read_text())["units"]) == 4
+    split = answer(capsys, "plan", folder, "--budget", "4", "--units", "layer", "--sensitivity", str(table), "-o", str(out), *QUICK)["found"]
     assert len(json.loads(table.read_text())["units"]) == 14 and split["measured_kl"] > 0
     message = fails(capsys, 3, "plan", folder, "--budget", "4", "--sensitivity", str(table), "-o", str(out))
     assert "was measured on other units of layers; measure again (--again)" in message
@@ -183,6 +191,7 @@ def test_refusals(rounded: Callable[[str], Path], measured: Path, tmp_path: Path
     assert "there is no budget; give --budget" in refused(2)
     assert "there is more than one budget; give one of" in refused(2, "--budget", "4", "--fit")
     assert "--min-speed needs a latency table" in refused(3, "--min-speed", "10")
+    assert "units is 'block'; choose from module, fused, layer" in refused(3, "--budget", "4", "--units", "block")
     assert "solver is 'exakt'; choose from exact" in refused(3, "--budget", "4", "--solver", "exakt")
     assert "loss is 'mse'; choose from kl" in refused(3, "--budget", "4", "--loss", "mse")
     assert "no plan meets 2 bits a weight of the quantized part, metadata counted; the smallest budget that one meets is 3 bits" in refused(

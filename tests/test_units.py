@@ -14,7 +14,7 @@ from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
 from matquant.plan import BitPlan, Shape
 from matquant.search import units
-from matquant.search.units import Unit, as_plan, examine, separate
+from matquant.search.units import Unit, as_plan, by_module, examine, separate
 
 Rounded = Callable[[str], Path]
 
@@ -101,6 +101,25 @@ def test_a_config_that_builds_nothing_is_refused(own: Path) -> None:
     (own / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(InputError, match=r"own cannot be built from its config\.json .*; fetch it again"):
         examine(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("llama", [{"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}]),
+        ("gpt2", [{"c_attn", "c_proj"}, {"c_fc", "c_proj"}]),
+        ("opt", [{"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"}]),
+    ],
+)
+def test_parts_of_a_block_as_units(kind: str, parts: list[set[str]], rounded: Rounded) -> None:
+    found = by_module(examine(Checkpoint.open(rounded(kind))).units)
+    for block in (0, 1):
+        of_block = [{name.rpartition(".")[2] for name in unit.layers} for unit in found if unit.block == block]
+        assert sorted(map(sorted, of_block)) == sorted(map(sorted, parts))
+    assert by_module([Unit(("lm_head",), -1), Unit(("h.0.moe.experts.1.up", "h.0.moe.experts.0.up"), 0), Unit(("h.0.moe.gate",), 0)]) == (
+        Unit(("lm_head",), -1),
+        Unit(("h.0.moe.experts.1.up", "h.0.moe.experts.0.up", "h.0.moe.gate"), 0),
+    )
 
 
 def test_separate_layers_and_plans(rounded: Rounded) -> None:

@@ -99,7 +99,9 @@ def plan(
         None, metavar="FILE", help="draw size against KL and the plan's widths, FILE.svg or FILE.png", show_default=False
     ),
     measure: bool = typer.Option(True, help="measure the plan's KL too; off = predict it only, and load no model if nothing has to be measured"),
-    split: bool = typer.Option(False, "--split", help="a width for every layer, also those that engines fuse (q/k/v, gate/up, experts)"),
+    units: str = typer.Option(
+        "module", help="what gets one width: module (attention or MLP of a block), fused (what engines fuse: q/k/v, gate/up, experts) or layer"
+    ),
     text: str | None = typer.Option(
         None, metavar="TEXT", help="to measure on: FILE.txt, FILE.jsonl or hf:DATASET[:SPLIT]", show_default="sampled from the checkpoint"
     ),
@@ -129,7 +131,7 @@ def plan(
     run.prepare(device, dtype)
     source = planned.source(folder, text, num_samples, seq_len, seed, reference, gguf_file, device, dtype)
     with show.Progress() as progress:
-        session = Session(Checkpoint.open(folder), source, sensitivity, split, again, device, dtype, progress)
+        session = Session(Checkpoint.open(folder), source, sensitivity, units, again, device, dtype, progress)
         way = planned.Way(solver, loss, Search(generations, seed=seed), measure, name or ask.name or "", output)
         found, points = planned.carry_out(session, ask, way, pareto, progress)
     planned.show_found(found, points, as_json, list(session.model.shapes))

@@ -1,7 +1,7 @@
 """One checkpoint being planned: what was measured of it, and a probe that is opened when something has to be measured."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from matquant.checkpoint import Checkpoint, add_files
 from matquant.checkpoint.files import replace_whole
-from matquant.errors import InputError
+from matquant.errors import InputError, PlanError, choices
 from matquant.plan import BitPlan
 from matquant.search import proxies, sensitivity
 from matquant.search.plans import model_of
 from matquant.search.probe import Probe
 from matquant.search.sensitivity import Sensitivity, Setting
-from matquant.search.units import Structure, examine, separate
+from matquant.search.units import Structure, by_module, examine, separate
 
 PAIR_BITS, PAIR_SAMPLES = 3, 2  # width and sequences that pairs of units are measured at
+GRAINS = ("module", "fused", "layer")  # attention or MLP of a block; what engines fuse; every layer
 OWN = "its own widest read"  # what is compared with where no reference is given
 
 
@@ -34,12 +35,12 @@ class Source:
 
 @dataclass
 class Session:
-    """file: where sensitivities are kept; None = in the checkpoint. split: every layer is a unit of its own. again: forget what was measured."""
+    """file: where sensitivities are kept; None = in the checkpoint. grain: what gets one width, by GRAINS. again: forget what was measured."""
 
     checkpoint: Checkpoint
     source: Source
     file: Path | None = None
-    split: bool = False
+    grain: str = "module"
     again: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -49,13 +50,16 @@ class Session:
     _probe: Probe | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        if self.grain not in GRAINS:
+            raise PlanError(f"units is {self.grain!r}; {choices(self.grain, GRAINS)}")
         self.structure = examine(self.checkpoint)
-        if self.split:
-            self.structure = Structure(separate(self.checkpoint), self.structure.cache, self.structure.head)
+        if self.grain != "fused":
+            units = separate(self.checkpoint) if self.grain == "layer" else by_module(self.structure.units)
+            self.structure = replace(self.structure, units=units)
         self.model = model_of(self.checkpoint, self.structure)
         self.known = None if self.again else sensitivity.load(self.path, self.checkpoint)
         if self.known is not None and self.known.units != self.structure.units:
-            raise InputError(f"{self.path} was measured on other units of layers; measure again (--again), or keep it apart (--sensitivity FILE)")
+            raise InputError(f"{self.path} was measured on other units of layers; measure again (--again), or keep them apart (--sensitivity FILE)")
 
     @property
     def path(self) -> Path:

@@ -58,6 +58,24 @@ def separate(checkpoint: Checkpoint) -> tuple[Unit, ...]:
     return tuple(sorted((Unit((name,), _block(name)) for name in checkpoint.modules), key=lambda unit: unit.block))
 
 
+def by_module(units: Iterable[Unit]) -> tuple[Unit, ...]:
+    """Units of one part of a block (its attention, its MLP) as one.
+
+    A layer read at r bits was fitted to inputs that come from layers read at r bits, and most of all to those of its own part: o_proj to
+    values, down_proj to gate and up. Read at different widths, they lose what they had been made to make up for.
+    """
+    merged: dict[tuple[int, str], list[str]] = {}
+    for unit in units:
+        merged.setdefault((unit.block, _part(unit.layers[0])), []).extend(unit.layers)
+    return tuple(Unit(tuple(layers), block) for (block, _), layers in merged.items())
+
+
+def _part(name: str) -> str:
+    """h.3.attn.c_proj -> h.3.attn; h.3.fc1 -> h.3; a layer outside all blocks is a part of its own."""
+    found = re.match(r"(.*?\.\d+)(\.[^.]+(?=\.))?", name)
+    return name if found is None else found[0]
+
+
 def examine(checkpoint: Checkpoint) -> Structure:
     """Raises InputError for a model that cannot be called."""
     skeleton = _skeleton(checkpoint)
