@@ -167,16 +167,17 @@ def test_the_front_is_drawn(ending: str, own: Path, measured: Path, tmp_path: Pa
     image = tmp_path / f"front.{ending}"
     (own / "plans").mkdir()
     (own / "plans" / "mine.json").write_text(BitPlan(4, {"model.layers.0.mlp.down_proj": 2}).to_json())
+    (own / "plans" / "even.json").write_text(BitPlan(3).to_json())
     common = ["plan", str(own), "--sensitivity", str(measured), "--pareto", str(image)]
     points = answer(capsys, *common, "--budget", "5", "-o", str(tmp_path / "p.json"))["points"]
     kinds = {kind: [p for p in points if p["kind"] == kind] for kind in ("uniform", "plan", "front")}
-    assert [p["label"] for p in kinds["uniform"]] == ["2", "3", "4", "6", "8"] and {p["label"] for p in kinds["plan"]} == {"mine", "5"}
+    assert [p["label"] for p in kinds["uniform"]] == ["2", "3", "4", "6", "8"] and {p["label"] for p in kinds["plan"]} == {"mine", "even", "5"}
     line = [(p["bits_per_weight"], p["kl"]) for p in kinds["front"]]
     assert line == sorted(line) and [kl for _, kl in line] == sorted((kl for _, kl in line), reverse=True)
     once = image.read_bytes()
     assert once[:5] == (b"<?xml" if ending == "svg" else b"\x89PNG\r")
     if ending == "svg":
-        assert b"mine (predicted)" in once and b"gate_proj" in once
+        assert b"even (predicted)" in once and b"mine (predicted)" not in once and b"gate_proj" in once
         answer(capsys, *common, "--budget", "5", "-o", str(tmp_path / "p.json"))
         assert image.read_bytes() == once
     assert answer(capsys, *common)["found"] is None  # the front alone

@@ -127,10 +127,11 @@ def front(session: Session, found: Found | None) -> list[Point]:
         points.append(Point(str(bits), "uniform", BitPlan(bits).mean_bits(model.shapes, model.layout), kl, True))
     named = plans.stored(session.checkpoint) | ({} if found is None else {found.name: found.plan})
     for name, plan in named.items():
-        measured = plan.about.get("measured_kl")
-        kl = measured if isinstance(measured, float) else session.predicted(plan)
-        if kl is not None:
-            points.append(Point(name, "plan", plan.mean_bits(model.shapes, model.layout), kl, isinstance(measured, float)))
+        kl = plan.about.get("measured_kl")
+        measured = isinstance(kl, float)
+        if not measured and (kl := session.predicted(plan)) is None:  # it splits what has one width here
+            kl, measured = session.probe().kl_of_plan(plan), True
+        points.append(Point(name, "plan", plan.mean_bits(model.shapes, model.layout), kl, measured))
     return points
 
 
