@@ -72,6 +72,17 @@ def test_the_second_budget_measures_nothing(own: Path, capsys: Capture, monkeypa
     assert (own / "plans" / "small.json").is_file()
 
 
+def test_a_uniform_width_that_is_better_is_named(rounded: Callable[[str], Path], measured: Path, tmp_path: Path, capsys: Capture) -> None:
+    data = json.loads(measured.read_text())
+    data["uniform"]["3"] = 0.0
+    (tmp_path / "s.json").write_text(json.dumps(data))
+    common = ["plan", str(rounded("llama")), "--sensitivity", str(tmp_path / "s.json"), "-o", str(tmp_path / "p.json")]
+    assert answer(capsys, *common, "--budget", "4")["found"]["better"] == 3  # 3 bits and a bit of metadata
+    assert main([*common, "--budget", "4"]) == 0
+    assert "note: uniform 3 bits are within this budget and lose less; read at --bits 3" in capsys.readouterr().out
+    assert answer(capsys, *common, "--budget", "3.9")["found"]["better"] is None
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver(solver: str, rounded: Callable[[str], Path], measured: Path, tmp_path: Path, capsys: Capture) -> None:
     out, folder = tmp_path / "plan.json", rounded("llama")

@@ -24,7 +24,10 @@ FRONT_EXACT = 8  # exact minima between those of the hull
 
 @dataclass(frozen=True)
 class Found:
-    """A plan and what is known of it. kl: predicted and measured, None where it was not. place: the file it was written to."""
+    """A plan and what is known of it. kl: predicted and measured, None where it was not. place: the file it was written to.
+
+    better: the uniform width within the same budget that was measured to lose less, if there is one.
+    """
 
     name: str
     plan: BitPlan
@@ -34,6 +37,7 @@ class Found:
     measured_kl: float | None
     seconds: float
     place: str = ""
+    better: int | None = None
 
 
 def source(
@@ -100,7 +104,18 @@ def find(session: Session, budget: Budget, way: Way, progress: Callable[[str, in
     about = planning.about(way.solver, loss, budget.show(budget.limit), predicted, measured, text)
     plan = BitPlan(found.plan.default, found.plan.overrides, about)
     bits = plan.read_bits(session.model.shapes, session.model.layout)
-    return Found(way.name, plan, bits / session.model.weights, session.model.other_bytes + -(-bits // 8), predicted, measured, found.seconds)
+    size = session.model.other_bytes + -(-bits // 8)
+    better = better_uniform(session, budget, measured)
+    return Found(way.name, plan, bits / session.model.weights, size, predicted, measured, found.seconds, better=better)
+
+
+def better_uniform(session: Session, budget: Budget, measured: float | None) -> int | None:
+    """Reads of one width are made for each other, which a sum over units does not see; so a plan can lose to a uniform width of its size."""
+    if session.known is None or measured is None:
+        return None
+    within = [r for k, r in enumerate(session.widths) if int(budget.costs[:, k].sum()) <= budget.limit and r in session.known.uniform]
+    best = min(within, key=session.known.uniform.__getitem__, default=None)
+    return best if best is not None and session.known.uniform[best] < measured else None
 
 
 def store(found: Found, session: Session, output: Path | None) -> Found:
@@ -152,6 +167,10 @@ def show_found(found: Found | None, points: Sequence[Point], as_json: bool, laye
     words = [f"{found.bits_per_weight:.3f} bits a quantized weight", size(found.weight_bytes)]
     words += [f"KL {value:.4f} {kind}" for kind, value in (("predicted", found.predicted_kl), ("measured", found.measured_kl)) if value is not None]
     show.say(f"{found.name}: {', '.join(words)}; solved in {found.seconds:.2f} s", f"written to {found.place}")
+    if found.better is not None:
+        show.say(
+            f"note: uniform {found.better} bits are within this budget and lose less; read at --bits {found.better}, or search on (--solver evolve)"
+        )
 
 
 def widths_table(plan: BitPlan, layers: Sequence[str]) -> Table:
