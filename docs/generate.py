@@ -158,7 +158,7 @@ PLAN_SOLVERS = {
     "exact": "exact, a width for what engines fuse",
     "quadratic": "exact with pairs",
     "evolve": "evolution from the exact plan",
-    "evolve-long": "the same, longer",
+    "evolve-long": "evolution from that of fused units, a long one",
     "fisher": "exact, on Fisher-weighted error",
     "output-error": "exact, on the report's output errors",
     "round-off": "MixQuant's rule, no data",
