@@ -3,7 +3,8 @@
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is `flags COMMAND` (from the command line
 itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
 `matquant eval --json` prints them), `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
-benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py) or `speed MODEL` (speed-MODEL.json, benchmarks/speed.py).
+benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py), `speed MODEL` (speed-MODEL.json, benchmarks/speed.py) or `plans MODEL`
+(plans-MODEL.json, benchmarks/plans.py).
 """
 
 import json
@@ -152,6 +153,60 @@ def speed(model: str) -> str:
     )
 
 
+PLAN_SOLVERS = {
+    "module": "exact, a width for attention and MLP of a block",
+    "exact": "exact, a width for what engines fuse",
+    "quadratic": "exact with pairs",
+    "evolve": "evolution from the exact plan",
+    "evolve-long": "evolution from that of fused units, a long one",
+    "fisher": "exact, on Fisher-weighted error",
+    "output-error": "exact, on the report's output errors",
+    "round-off": "MixQuant's rule, no data",
+    "pyramid": "pyramid",
+    "reverse-pyramid": "reverse pyramid",
+    "increasing": "increasing",
+    "decreasing": "decreasing",
+}
+
+
+def plans(model: str) -> str:
+    """KL of every solver's plan at every budget, uniform widths, and what measuring and solving took."""
+    stored = _stored(model, "plans")
+    setting, found, uniform = stored["setting"], stored["plans"], stored["uniform"]
+    budgets = sorted({entry["budget"] for entry in found.values()})
+    commands = dict.fromkeys(step["command"] for step in stored["steps"].values())
+    parts = [
+        "\n".join(f"    {command}" for command in commands)
+        + f"\n\n{stored['units']} units. Measured on {_counts([setting['num_samples'], setting['seq_len']])} of {setting['train']}, evolution on "
+        f"{_counts([setting['search_samples'], setting['seq_len']])} of it; KL to the original on {_counts([setting['score_samples'], setting['score_len']])} of each text below, which no solver saw.\n"
+    ]
+    for text in setting["texts"]:
+        if rows := _plan_rows(found, budgets, lambda entry, text=text: _kl(entry["kl"][text]) if text in entry.get("kl", {}) else ""):
+            parts.append(f"KL by bits a quantized weight, metadata counted, {text}:\n\n{markdown(['', *(f'{b:g}' for b in budgets)], rows)}")
+    shown = sorted(uniform.items(), key=lambda item: item[1]["bits"])
+    rows = [
+        [f"{r} bits", f"{row['bits']:.3f}", *(_kl(row["kl"][text]) if text in row["kl"] else "" for text in setting["texts"])] for r, row in shown
+    ]
+    parts.append(f"Uniform widths:\n\n{markdown(['', 'bits/weight', *setting['texts']], rows)}")
+    rows = _plan_rows(found, budgets, lambda entry: f"{entry['seconds']:.2f}" if entry["seconds"] < 100 else f"{entry['seconds']:.0f}")
+    parts.append(f"Seconds to solve, everything measured before:\n\n{markdown(['', *(f'{b:g}' for b in budgets)], rows)}")
+    rows = [
+        [name, f"{step['seconds']:.1f}", f"{step['cpu_seconds']:.1f}", f"{step['load'][0]:.1f}", str(step["machine"]["threads"])]
+        for name, step in stored["steps"].items()
+    ]
+    parts.append(f"What else took time:\n\n{markdown(['step', 'seconds', 'processor seconds', 'load of the machine', 'threads'], rows)}")
+    return "\n".join(parts)
+
+
+def _plan_rows(found: dict[str, Any], budgets: list[float], cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+    rows = []
+    for solver, words in PLAN_SOLVERS.items():
+        cells = [cell(found[f"{solver}/{b:g}"]) if f"{solver}/{b:g}" in found else "" for b in budgets]
+        if any(cells):
+            rows.append([words, *cells])
+    return rows
+
+
 def _stored(model: str, kind: str = "quality") -> dict[str, Any]:
     return json.loads((REPO / "benchmarks" / "results" / f"{kind}-{model}.json").read_text())
 
@@ -250,7 +305,7 @@ def render(name: str) -> str:
     return {"exit codes": exit_codes, "results": results}[name]()
 
 
-PARTS = {"quality": quality, "ablation": ablation, "favor": favor, "peers": peers, "speed": speed}
+PARTS = {"quality": quality, "ablation": ablation, "favor": favor, "peers": peers, "speed": speed, "plans": plans}
 
 
 def regenerate(text: str) -> str:

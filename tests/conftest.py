@@ -156,3 +156,30 @@ def want(tiny: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempP
         patch.setattr(pipeline, "errors_svg", lambda layers, outputs: None)
         pipeline.quantize(str(tiny("llama")), folder, replace(SMALL, calibration=str(text)), pipeline.RunOptions())
     return folder
+
+
+# --- plans ---
+
+
+@pytest.fixture(scope="session")
+def rounded(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """rounded("llama") -> a checkpoint of it at 8 to 2 bits, rounded to nearest; never write into the folder."""
+    from building import build_checkpoint
+
+    from matquant.recipe import Recipe
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("rounded") / name
+            build_checkpoint(tiny(name), made[name], Recipe(method="minmax", group_size=32))
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def own(rounded: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of rounded("llama") to write into."""
+    return Path(shutil.copytree(rounded("llama"), tmp_path / "own"))

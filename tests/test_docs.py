@@ -2,17 +2,24 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import typer
+from building import build_checkpoint
+from transformers import AutoModelForCausalLM
 
-from matquant.cli import application, commands
+from matquant.checkpoint import Checkpoint, verify
+from matquant.cli import application, commands, main
 from matquant.cli.flags import flag_name
+from matquant.plan import BitPlan
 from matquant.recipe import Recipe
 
 REPO = Path(__file__).resolve().parent.parent
@@ -50,6 +57,28 @@ def test_a_shown_command_parses(where: str, line: str) -> None:
     name, *arguments = shlex.split(line, comments=True)[1:]
     command: Any = typer.main.get_command(application(name)).commands[name]
     command.make_context(name, arguments)  # parses and converts, runs nothing; raises on an unknown flag or a missing argument
+
+
+def test_the_page_on_plans_runs(rounded: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command and snippet of docs/PLANS.md, in order, in a folder with what it names: a small checkpoint, its original, a latency table."""
+    text = (REPO / "docs" / "PLANS.md").read_text()
+    original = shutil.copytree(tiny("llama-tied"), tmp_path / "original")
+    AutoModelForCausalLM.from_pretrained(original).half().save_pretrained(original)  # else what is not quantized takes more than all the rest
+    build_checkpoint(original, tmp_path / "smollm2", Recipe(method="minmax", group_size=-1))
+    shapes = {(shape.out, shape.in_features) for shape in Checkpoint.open(tmp_path / "smollm2").modules.values()}
+    rows = [{"out": out, "in": size, "bits": r, "seconds": 1e-4 * r} for out, size in shapes for r in (8, 6, 4, 3, 2)]
+    (tmp_path / "latency.json").write_text(json.dumps({"overhead_seconds": 1e-3, "latency": rows}))
+    monkeypatch.chdir(tmp_path)
+    lines = [line for code in blocks(text, "sh") for line in code.splitlines()]
+    assert len(lines) > 15
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "matquant" and main(arguments) == 0, line
+    for code in blocks(text, "python"):
+        exec(compile(code, "PLANS.md", "exec"), {})
+    (shown,) = blocks(text, "json")
+    BitPlan.from_json(shown).check(Checkpoint.open(tmp_path / "smollm2").modules, (8, 6, 4, 3, 2))
+    assert verify(tmp_path / "smollm2") == [] and (tmp_path / "front.svg").is_file() and (tmp_path / "front.png").is_file()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -191,7 +191,7 @@ def test_sampling_repeats_with_its_seed(made) -> None:  # type: ignore[no-untype
 
 def test_refusals(made, tiny: Tiny, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     engine = Engine.open(made("llama"), 4)
-    with pytest.raises(PlanError, match="8 bits were not kept; choose from 4.*or open the checkpoint with keep=8"):
+    with pytest.raises(PlanError, match="8 bits were not kept of model.layers.0.self_attn.q_proj; choose from 4.*or open the checkpoint with keep=8"):
         engine.set_bits(8)
     with pytest.raises(InputError, match="the prompt has no tokens; give at least one"):
         next(engine.generate([], 3))

@@ -105,12 +105,6 @@ def test_rows_are_those_of_the_file(folder: Path, tmp_path: Path) -> None:
         opened.rows("model.embed_tokens.weight")
 
 
-def test_a_read_of_narrower_widths_too_has_their_refits(folder: Path) -> None:
-    checkpoint = Checkpoint.open(folder)
-    name = next(iter(checkpoint.modules))
-    assert set(checkpoint.read(name, 4).refits) == {4} and set(checkpoint.read(name, 4, narrower=True).refits) == {4, 3, 2}
-
-
 @pytest.mark.skipif(benchmark.own_peak() is None, reason="this system does not tell a process its peak memory")
 def test_serving_takes_weights_and_little_more(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most r-bit weights, metadata and cache + 300 MB; torch alone takes most of that."""

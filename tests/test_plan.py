@@ -92,6 +92,23 @@ def test_check_refuses(plan: BitPlan, message: str) -> None:
         plan.check(SHAPES, (2, 4, 8))
 
 
+def test_a_plan_read_from_a_file_is_refused_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "edited.json"
+    path.write_text('{\n "default": 4,\n "layers": {\n  "a.q": 4,\n  "a.k": 4,\n  "a.down": 6\n }\n}\n')
+    with pytest.raises(PlanError, match=r"edited\.json, line 5: the plan names layer 'a\.k', which the checkpoint does not have"):
+        BitPlan.load(path).check(SHAPES, (2, 4, 8))
+    with pytest.raises(PlanError, match=r"edited\.json, line 6: the plan gives a\.down 6 bits; choose from 8, 4, 2"):
+        BitPlan.load(path).check({**SHAPES, "a.k": SHAPES["a.q"]}, (2, 4, 8))
+    with pytest.raises(PlanError, match=r"edited\.json, line 2: the plan gives default 4 bits; choose from 8, 6"):
+        BitPlan.load(path).check({**SHAPES, "a.k": SHAPES["a.q"]}, (6, 8))
+
+
+def test_what_a_plan_says_about_itself_stays_with_it() -> None:
+    plan = BitPlan(4, {"a.q": 2}, {"solver": "exact", "predicted_kl": 0.5, "a.q": {"default": 3}})
+    again = BitPlan.from_json(plan.to_json())
+    assert again == plan == BitPlan(4, {"a.q": 2}) and again.about == plan.about
+
+
 def test_check_does_not_list_hundreds_of_layers() -> None:
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(100)]
     with pytest.raises(PlanError, match=r"have; did you mean model\.layers\.7\.mlp\.up_proj\?$"):
@@ -113,9 +130,12 @@ def test_check_does_not_list_hundreds_of_layers() -> None:
         ("", "plan, line 1: "),
         ("[]", 'plan must be an object with "default"'),
         ('{"layers": {}}', 'plan must be an object with "default"'),
-        ('{"default": 4, "bits": 4}', 'plan must be an object with "default" and, if wanted, "layers"'),
-        ('{"default": 4, "layers": [1]}', 'plan: "layers" must map layer names to bits'),
-        ('{"default": 4, "layers": {"a": 4, "a": 2}}', "the plan names 'a' twice; keep one"),
+        ('{"default": 4,\n"bits": 4}', 'plan, line 2: unknown key \'bits\'; a plan must be an object with "default" and, if wanted, "layers"'),
+        ('{"default": 4,\n "layers": [1]}', 'plan, line 2: "layers" must map layer names to bits'),
+        ('{"about": {"default": 9},\n"default": 4,\n"about": 1}', "line 3: the plan names 'about' twice, first in line 1; keep one"),
+        ('{"default": 4,\n"about": 1}', 'plan, line 2: "about" must be an object'),
+        ('{"default": 4, "layers": {"a": 4,\n "a": 2}}', "line 2: the plan names 'a' twice, first in line 1; keep one"),
+        ('{"about": {"x": [{"b": 9}, {"b": 9}]},\n"default": 4, "layers": {"\\u0061": 4,\n "b": 9}}', "plan, line 3: 'b' has bits 9"),
         ("[" * 100_000, "plan is nested too deeply"),
         ('{"default": ' + "1" * 5000 + "}", "number too long"),
     ],

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matquant.checkpoint import Checkpoint
-    from matquant.hf import MatquantConfig, from_pretrained, set_bits
+    from matquant.hf import MatquantConfig, set_bits
+    from matquant.loading import from_pretrained
     from matquant.plan import BitPlan
     from matquant.recipe import Recipe
 
 __all__ = ["BitPlan", "Checkpoint", "MatquantConfig", "Recipe", "from_pretrained", "set_bits"]
 
-_HOME = {"BitPlan": "plan", "Checkpoint": "checkpoint", "MatquantConfig": "hf", "Recipe": "recipe", "from_pretrained": "hf", "set_bits": "hf"}
+_HOME = {"BitPlan": "plan", "Checkpoint": "checkpoint", "MatquantConfig": "hf", "Recipe": "recipe", "from_pretrained": "loading", "set_bits": "hf"}
 
 
 def __getattr__(name: str) -> Any:

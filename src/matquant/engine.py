@@ -16,7 +16,7 @@ the same distribution.
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from matquant.errors import InputError, PlanError, UnservedError, choices
 from matquant.kernels import cpu
 from matquant.kernels.step import Cache, Stepper
 from matquant.plan import BitPlan
+from matquant.search.plans import Wanted, resolve
 from matquant.threads import for_steps_of
 from matquant.weight import NestedWeight
 
@@ -88,13 +89,13 @@ def _head(checkpoint: Checkpoint, shape: llama.Served, bits: int, pool: Executor
 
 @dataclass
 class Engine:
-    """One model in memory. embeddings: [vocabulary, hidden], as stored, mapped from the file. kept: widths that layers were packed for."""
+    """One model in memory. embeddings: [vocabulary, hidden], as stored, mapped from the file. kept: widths that each layer was packed for."""
 
     stepper: Stepper
     embeddings: Tensor
     checkpoint: Checkpoint
     shape: llama.Served
-    kept: tuple[int, ...]
+    kept: Mapping[str, tuple[int, ...]]
     plan: BitPlan
     capacity: int
     exact: bool = False
@@ -104,7 +105,7 @@ class Engine:
     @staticmethod
     def open(
         folder: str | Path,
-        bits: int | BitPlan | None = None,
+        bits: Wanted = None,
         keep: int | None = None,
         *,
         capacity: int = 4096,
@@ -113,25 +114,27 @@ class Engine:
         threads: int | None = None,
         isa: str | None = None,
     ) -> "Engine":
-        """Pack the layers of a checkpoint for the widths up to `keep` (None: those of `bits`; all if that is None too).
+        """Pack the layers of a checkpoint for the widths up to `keep` (None: each for the one that `bits` gives it; all if that is None too).
 
+        bits: as for `matquant.from_pretrained`: a width, a BitPlan, the name of a plan, a plan file, or a mean width.
         capacity: tokens of a text, at most; less where the model has fewer positions. head_bits: what a head that is not quantized is rounded to.
         exact: products of floats instead of 8-bit inputs. Raises UnservedError for what it cannot read: a model of another shape than Llama's, a slicing other than floor; otherwise as `matquant.from_pretrained`.
         """
         checkpoint = Checkpoint.open(folder)
+        bits = resolve(Path(folder), bits)
         plan, widest = choose(checkpoint, bits, keep)
         if (slicing := checkpoint.layout.slicing) != "floor":
             raise UnservedError(f"the engine reads slicing floor, not {slicing}; use matquant.from_pretrained")
         single = bits is not None and keep is None
-        used = {plan.bits(name) for name in checkpoint.modules}
-        kept = tuple(sorted(used if single else {r for r in checkpoint.widths if r <= widest}, reverse=True))
+        wide = tuple(r for r in checkpoint.widths if r <= widest)
+        kept = {name: (plan.bits(name),) if single else wide for name in checkpoint.modules}
         shape = llama.served(Path(folder))
         names = [shape.name(i, part) for i in range(shape.count) for part in llama.PARTS]
         if missing := [name for name in names if name not in checkpoint.modules]:
             raise UnservedError(
                 f"{missing[0]} is not quantized in {folder}, and the engine reads quantized layers alone; use matquant.from_pretrained"
             )
-        checkpoint.check_files(max(kept))
+        checkpoint.check_files(widest)
         workers = threads or torch.get_num_threads()
         with for_steps_of(1), ThreadPoolExecutor(workers) as pool:  # a thread a layer: all of it but the reads is one array after the other
             # the head first: it is the largest of all on its way
@@ -139,7 +142,7 @@ class Engine:
             del head
             for i in range(shape.count):
                 own = names[i * len(llama.PARTS) : (i + 1) * len(llama.PARTS)]
-                weights |= zip(own, pool.map(lambda name: cpu.pack(checkpoint.read(name, max(kept), narrower=True), kept, isa, 1), own), strict=True)
+                weights |= zip(own, pool.map(lambda name: cpu.pack(checkpoint.read(name, kept[name]), kept[name], isa, 1), own), strict=True)
                 _give_back()
         stepper = llama.stepper_of(shape, weights.__getitem__, checkpoint.base.__getitem__)
         table = checkpoint.base[f"{shape.embedding}.weight"]
@@ -168,11 +171,11 @@ class Engine:
 
     def widths(self, plan: BitPlan) -> UInt8[Tensor, " widths"]:
         """What the stepper takes for `plan`. Raises PlanError for a width that was not kept."""
-        used = [{part: plan.bits(self.shape.name(i, part)) for part in llama.PARTS} for i in range(len(self.stepper.blocks))]
-        for width in {width for own in used for width in own.values()}:
-            if width not in self.kept:
-                raise PlanError(f"{width} bits were not kept; {choices(width, self.kept)}, or open the checkpoint with keep={width}")
-        return self.stepper.widths(used)
+        names = [{part: self.shape.name(i, part) for part in llama.PARTS} for i in range(len(self.stepper.blocks))]
+        for name in (name for own in names for name in own.values()):
+            if (width := plan.bits(name)) not in self.kept[name]:
+                raise PlanError(f"{width} bits were not kept of {name}; {choices(width, self.kept[name])}, or open the checkpoint with keep={width}")
+        return self.stepper.widths([{part: plan.bits(name) for part, name in own.items()} for own in names])
 
     def step(
         self, ids: Int[Tensor, " tokens"], sequence: Int[Tensor, " tokens"], position: Int[Tensor, " tokens"], cache: Cache, rows: Int[Tensor, " wanted"],

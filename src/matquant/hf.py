@@ -37,7 +37,7 @@ class MatquantConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json, kept word for word in `stored`, and apart from it what to load.
 
     bits: the width or plan to read at (None: the default of the checkpoint, or the widest here if that is missing).
-    keep: the widest width to keep loaded for `set_bits` (None: the widest in `bits`; everything if `bits` is None too).
+    keep: the widest width to keep loaded for `set_bits` (None: of each layer the width that `bits` gives it; everything if `bits` is None too).
     """
 
     def __init__(self, bits: int | BitPlan | None = None, keep: int | None = None, stored: Mapping[str, Any] | None = None) -> None:
@@ -75,6 +75,7 @@ class MatquantHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan: dict[str, int] = {}  # module name in the model -> bits
+        self.planes: set[int] = set()  # how many planes layers hold
         self.checked = False
 
     # --- before loading -------------------------------------------------------------------------------------------------
@@ -91,10 +92,11 @@ class MatquantHfQuantizer(HfQuantizer):
         # In place: transformers opens exactly these files later. Shards of planes we do not need may be absent here.
         files[:] = [file for file in files if Path(file).name in wanted]
         grid, slicing = checkpoint.layout.grid, checkpoint.layout.slicing
-        planes = planes_needed(keep, grid.bits, slicing)
+        own = config.bits is not None and config.keep is None  # nobody will switch: each layer holds the planes that it reads
         for name in checkpoint.modules:
-            path = replace(model, name, checkpoint, planes)
-            self.plan[path] = plan.bits(name)
+            planes = planes_needed(plan.bits(name) if own else keep, grid.bits, slicing)
+            self.plan[replace(model, name, checkpoint, planes)] = plan.bits(name)
+            self.planes.add(planes)
         _refuse_tied(model, self.plan)
         self._refuse_incomplete(model)
 
@@ -167,6 +169,11 @@ class MatquantHfQuantizer(HfQuantizer):
         return model.to(kind)
 
     def is_serializable(self) -> bool:
+        """Raises InputError for layers with different planes, which are no checkpoint."""
+        if len(self.planes) > 1:
+            raise InputError(
+                f"the model holds {min(self.planes)} to {max(self.planes)} planes a layer, which is no checkpoint; load it with keep=8 to save it"
+            )
         return True
 
     @property
@@ -251,7 +258,8 @@ def from_pretrained(
     """Load a causal LM from a matquant folder or Hub id, reading at `bits`.
 
     bits: a width, or a plan (layer name -> width); None = the default of the checkpoint and everything it has.
-    keep: the widest width that `set_bits` may switch to later; planes beyond it are neither downloaded nor read.
+    keep: the widest width that `set_bits` may switch to later; planes beyond it are neither downloaded nor read. None = every layer holds
+    the planes of its own width and no others.
     Other keywords go to AutoModelForCausalLM.from_pretrained. Raises InputError, PlanError, MissingPlanesError, CheckpointError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -6,6 +6,7 @@ dtype and the bytes that the read takes besides: the two of a refit, else the ze
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,10 +62,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class BitPlan:
-    """Bits of every quantized layer: `overrides` by module name, else `default`."""
+    """Bits of every quantized layer: `overrides` by module name, else `default`.
+
+    about: how it was found and what it is worth, for people; no part of what the plan is. source, lines: the file that it was read from and
+    the line of each key, for messages.
+    """
 
     default: int
     overrides: Mapping[str, int] = field(default_factory=dict[str, int])
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
+    source: str = field(default="", compare=False, repr=False)
+    lines: Mapping[str, int] = field(default_factory=dict[str, int], compare=False, repr=False)
 
     def bits(self, name: str) -> int:
         return self.overrides.get(name, self.default)
@@ -76,16 +84,21 @@ class BitPlan:
         return str(self.default) if len(used) == 1 else f"{min(used)}-{max(used)} mixed"
 
     def check(self, layers: Iterable[str], widths: Iterable[int]) -> "BitPlan":
-        """Itself, if every layer and width it names exists. Raises PlanError otherwise."""
+        """Itself, if every layer and width it names exists. Raises PlanError otherwise, which names the line of a plan that was read from a file."""
         names, allowed = list(layers), sorted(widths, reverse=True)
         for name in self.overrides:
             if name not in names:
                 near = choices(name, names) if len(names) <= 8 else choices(name, names).partition("(")[2].strip("() ")
-                raise PlanError(f"the plan names layer {name!r}, which the checkpoint does not have; {near or 'see matquant inspect for the names'}")
+                raise PlanError(
+                    f"{self._place(name)}the plan names layer {name!r}, which the checkpoint does not have; {near or 'see matquant inspect for the names'}"
+                )
         for name, bits in [("default", self.default), *self.overrides.items()]:
             if bits not in allowed:
-                raise PlanError(f"the plan gives {name} {bits} bits; {choices(bits, allowed)}")
+                raise PlanError(f"{self._place(name)}the plan gives {name} {bits} bits; {choices(bits, allowed)}")
         return self
+
+    def _place(self, name: str) -> str:
+        return f"{self.source}, line {self.lines[name]}: " if name in self.lines else ""
 
     def read_bits(self, shapes: Mapping[str, Shape], layout: Layout) -> int:
         """Bits that a reader of this plan must hold for all quantized weights, metadata included."""
@@ -96,29 +109,35 @@ class BitPlan:
         return self.read_bits(shapes, layout) / sum(shape.weights for shape in shapes.values())
 
     def to_json(self) -> str:
-        return json.dumps({"default": self.default, "layers": dict(sorted(self.overrides.items()))}, indent=2) + "\n"
+        about = {"about": dict(self.about)} if self.about else {}
+        return json.dumps({"default": self.default, "layers": dict(sorted(self.overrides.items())), **about}, indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str, source: str = "plan") -> "BitPlan":
-        """Parse {"default": bits, "layers": {name: bits}}. Raises PlanError that names the line at fault."""
+        """Parse {"default": bits, "layers": {name: bits}, "about": {...}}. Raises PlanError that names the line at fault."""
         try:
-            data: Any = json.loads(text, object_pairs_hook=_no_duplicates)
+            data: Any = json.loads(text)
         except json.JSONDecodeError as error:
             raise PlanError(f'{source}, line {error.lineno}: {error.msg}; a plan is JSON such as {{"default": 4, "layers": {{}}}}') from None
         except (RecursionError, ValueError):
             raise PlanError(f"{source} is nested too deeply, or holds a number too long, to be a plan") from None
-        if not isinstance(data, dict) or not {"default"} <= data.keys() <= {"default", "layers"}:
-            raise PlanError(f'{source} must be an object with "default" and, if wanted, "layers"')
+        lines = _key_lines(text, source)
+        if not isinstance(data, dict) or not {"default"} <= data.keys() <= {"default", "layers", "about"}:
+            known = ("default", "layers", "about")
+            extra = next(((path[0], line) for path, line in lines.items() if len(path) == 1 and path[0] not in known), None)
+            where = f"{source}, line {extra[1]}: unknown key {extra[0]!r}; a plan" if extra else source
+            raise PlanError(f'{where} must be an object with "default" and, if wanted, "layers" and "about"')
         members = cast(dict[str, Any], data)
-        layers = members.get("layers", {})
-        if not isinstance(layers, dict):
-            raise PlanError(f'{source}: "layers" must map layer names to bits')
-        overrides = cast(dict[str, Any], layers)
+        for key, words in (("layers", "map layer names to bits"), ("about", "be an object")):
+            if not isinstance(members.get(key, {}), dict):
+                raise PlanError(f'{source}, line {lines[key,]}: "{key}" must {words}')
+        overrides = cast(dict[str, Any], members.get("layers", {}))
+        line_of = {path[-1]: line for path, line in lines.items() if len(path) == 2 and path[0] == "layers"} | {"default": lines["default",]}
         for name, bits in [("default", members["default"]), *overrides.items()]:
             if type(bits) is not int or bits not in WIDTHS:
                 shown = "that are no number" if isinstance(bits, (list, dict)) else json.dumps(bits)
-                raise PlanError(f"{source}, line {_line_of(text, name)}: {name!r} has bits {shown}; allowed: whole numbers from 2 to 8")
-        return BitPlan(members["default"], overrides)
+                raise PlanError(f"{source}, line {line_of[name]}: {name!r} has bits {shown}; allowed: whole numbers from 2 to 8")
+        return BitPlan(members["default"], overrides, members.get("about", {}), source, line_of)
 
     @staticmethod
     def load(path: Path) -> "BitPlan":
@@ -129,14 +148,27 @@ class BitPlan:
             raise PlanError(f"cannot read the plan {path}: {error}; give a JSON file") from None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise PlanError(f"the plan names {key!r} twice; keep one")
-        seen[key] = value
-    return seen
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]|\n')
 
 
-def _line_of(text: str, name: str) -> int:
-    return text[: max(text.find(json.dumps(name)), 0)].count("\n") + 1
+def _key_lines(text: str, source: str) -> dict[tuple[str, ...], int]:
+    """Where every key of a JSON text stands: path of keys -> line, from 1. The text is known to be JSON. Raises PlanError for a key that stands twice."""
+    found: dict[tuple[str, ...], int] = {}
+    above: list[str] = []  # the key of every object and array that is open
+    key, line, last = "", 1, ""
+    for token in _TOKEN.findall(text):
+        if token == "\n":
+            line += 1
+            continue
+        if token == ":":
+            key = cast(str, json.loads(last))
+            path = (*above[1:], key)
+            if path in found and "" not in above[1:]:
+                raise PlanError(f"{source}, line {line}: the plan names {key!r} twice, first in line {found[path]}; keep one")
+            found[path] = line
+        elif token in "{[":
+            above.append(key if token == "{" else "")
+        elif token in "}]":
+            above.pop()
+        last = token
+    return found

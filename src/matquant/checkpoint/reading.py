@@ -8,7 +8,7 @@ Files of planes that a width does not need are never read, hashed or not.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
@@ -48,9 +48,14 @@ STORED = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -134,10 +139,10 @@ class Checkpoint:
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    def read(self, name: str, bits: int | None = None, narrower: bool = False) -> NestedWeight:
-        """One module: the planes (and the one refit) that a `bits`-wide read needs; None = all planes and refits here.
+    def read(self, name: str, bits: int | Sequence[int] | None = None) -> NestedWeight:
+        """One module: the planes and refits that reads at these widths need; None = all planes and refits here.
 
-        A weight read for some bits is meant for that width alone: it lacks the refits of the others, unless `narrower` ones are wanted too.
+        A weight read for some bits is meant for these alone: it lacks the refits of the others.
         Raises InputError, MissingPlanesError, CheckpointError.
         """
         if name not in self.modules:
@@ -146,8 +151,9 @@ class Checkpoint:
         if bits is None:
             planes, refits = self.planes, [r for r in self.layout.refit_widths if self._planes_for(r) <= self.planes]
         else:
-            self.check_widths(bits)
-            planes, refits = self._planes_for(bits), [r for r in self.layout.refit_widths if r == bits or (narrower and r < bits)]
+            wanted = (bits,) if isinstance(bits, int) else bits
+            self.check_widths(*wanted)
+            planes, refits = self._planes_for(max(wanted)), [r for r in self.layout.refit_widths if r in wanted]
         return nested_weight(lambda suffix: self._value(name, suffix), self.layout, self.modules[name].in_features, planes, refits)
 
     @property
@@ -159,6 +165,12 @@ class Checkpoint:
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that are not quantized, from the headers."""
         return {name: tuple(self._handles[self.index[name]].get_slice(name).get_shape()) for name in self.base}
+
+    @property
+    def base_bytes(self) -> int:
+        """Of the tensors that are not quantized, from the headers."""
+        slices = {name: self._handles[self.index[name]].get_slice(name) for name in self.base}
+        return sum(prod(found.get_shape()) * STORED[found.get_dtype()].itemsize for found in slices.values())
 
     def tensor(self, name: str) -> Tensor:
         """One stored tensor, its file's sha256 compared first. Raises CheckpointError, MissingPlanesError."""

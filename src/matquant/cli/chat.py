@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -26,7 +25,7 @@ COMMANDS = "/bits N  /draft N (0: none)  /reset  /stats  /quit; Ctrl-C stops a r
 def chat(
     folder: str = SOURCE,
     bits: int | None = BITS,
-    plan: Path | None = PLAN,
+    plan: str | None = PLAN,
     draft_bits: int | None = DRAFT,
     system: str | None = typer.Option(None, metavar="TEXT", help="what the system says first", show_default=False),
     max_new_tokens: int = typer.Option(512, min=1, help="tokens of a reply at most"),
@@ -153,7 +152,7 @@ class Chat:
     def set_draft(self, bits: int) -> None:
         from matquant.cli.writing import check_draft
 
-        check_draft(bits or None, self.session.engine.plan, self.session.engine.kept)
+        check_draft(bits or None, self.session.engine.plan, self.session.engine.checkpoint.widths)
         self.draft = bits or None
 
     def stats(self) -> str:

@@ -12,6 +12,7 @@ import typer
 from matquant.cli.bench import bench
 from matquant.cli.chat import chat
 from matquant.cli.options import BITS, DEVICE, DRAFT, DTYPE, FOLDER, GGUF, HEAD, JSON, PLAN, PLANS, REMOTE, SOURCE, THREADS
+from matquant.cli.plans import plan
 from matquant.cli.tune import tune
 from matquant.errors import CheckpointError
 
@@ -63,7 +64,7 @@ def quantize(
 def evaluate(
     folder: str = SOURCE,
     bits: str | None = typer.Option(None, metavar="BITS,...", help="widths to measure, for instance 8,6,4,3,2", show_default="all that are here"),
-    plan: list[Path] | None = PLANS,
+    plan: list[str] | None = PLANS,
     text: str | None = typer.Option(None, metavar="TEXT", help="FILE.txt, FILE.jsonl or hf:DATASET[:SPLIT]", show_default="sampled from the model"),
     reference: str | None = typer.Option(None, metavar="MODEL", help="the original model; adds its row, KL and top-1", show_default=False),
     gguf_file: str | None = GGUF,
@@ -88,7 +89,7 @@ def generate(
     folder: str = SOURCE,
     prompt: str = typer.Argument(..., metavar="PROMPT", help="text to continue", show_default=False),
     bits: int | None = BITS,
-    plan: Path | None = PLAN,
+    plan: str | None = PLAN,
     draft_bits: int | None = DRAFT,
     max_new_tokens: int = typer.Option(64, min=1, help="tokens to add at most"),
     temperature: float = typer.Option(0.0, min=0.0, help="0 = greedy"),
@@ -136,6 +137,7 @@ def doctor(as_json: bool = JSON) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
+    "plan": plan,
     "eval": evaluate,
     "generate": generate,
     "chat": chat,

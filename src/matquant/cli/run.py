@@ -10,6 +10,7 @@ from matquant.errors import InputError, RecipeError, ResourceError, choices
 if TYPE_CHECKING:
     from matquant.evaluate import Protocol, Row
     from matquant.plan import BitPlan
+    from matquant.search.plans import Wanted
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,7 +56,7 @@ def prepare(device: str, dtype: str) -> None:
     logging.disable_progress_bar()
 
 
-def load_model(folder: str, bits: "int | BitPlan | None", device: str, dtype: str) -> Any:
+def load_model(folder: str, bits: "Wanted", device: str, dtype: str) -> Any:
     """A checkpoint whose layers read their planes. Raises as matquant.from_pretrained."""
     import matquant
 
@@ -89,7 +90,7 @@ def plan_label(bits: "int | BitPlan | None", model: Any) -> int | str:
 def evaluate(
     source: str,
     bits: str | None,
-    plans: Sequence[Path],
+    plans: Sequence[str],
     text: str | None,
     reference: str | None,
     gguf_file: str | None,
@@ -102,16 +103,19 @@ def evaluate(
     (stage, steps done, of how many).
     """
     from matquant import evaluate as measure
-    from matquant import hf
+    from matquant import hf, loading
     from matquant.checkpoint import Checkpoint
     from matquant.cli.flags import parse_bits
     from matquant.plan import BitPlan
 
     prepare(setup.device, setup.dtype)
     wanted = parse_bits(bits) if bits else ()
-    named = {str(r): BitPlan(r) for r in wanted} | {path.stem: BitPlan.load(path) for path in plans}
-    widest = max((max(plan.default, *plan.overrides.values(), 0) for plan in named.values()), default=None)
-    folder = hf.locate(source, widest, None)
+    folder = hf.locate(source, max(wanted, default=2 if plans else None), None)
+    named = {str(r): BitPlan(r) for r in wanted}
+    for name in plans:
+        folder, plan = loading.locate(source, name, None)
+        assert isinstance(plan, BitPlan)  # of a text it always is one
+        named[Path(name).stem if name.endswith(".json") else name] = plan
     named = named or {str(r): BitPlan(r) for r in Checkpoint.open(folder).widths}
     tokenizer = load_tokenizer(str(folder))
     original = None if reference is None else load_original(reference, gguf_file, setup)

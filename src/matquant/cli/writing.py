@@ -13,6 +13,7 @@ from matquant.errors import InputError, RecipeError, ResourceError, UnservedErro
 if TYPE_CHECKING:
     from matquant.engine import Engine
     from matquant.plan import BitPlan
+    from matquant.search.plans import Wanted
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Where:
-    """What reads the text: a checkpoint, a width or plan (None: the checkpoint's), and how it computes."""
+    """What reads the text: a checkpoint, a width or plan as `from_pretrained` takes it, and how it computes."""
 
     source: str
-    bits: "int | BitPlan | None"
+    bits: "Wanted"
     draft_bits: int | None
     device: str
     dtype: str
@@ -85,13 +86,11 @@ class Words:
         return whole[len(before) :]
 
 
-def width(bits: int | None, plan: Path | None) -> "int | BitPlan | None":
-    """What was asked for. Raises RecipeError for both, PlanError."""
-    from matquant.plan import BitPlan
-
+def width(bits: int | None, plan: str | None) -> int | str | None:
+    """What was asked for. Raises RecipeError for both."""
     if bits is not None and plan is not None:
         raise RecipeError("--bits and --plan both say at which width to read; give one")
-    return bits if plan is None else BitPlan.load(plan)
+    return bits if plan is None else plan
 
 
 def open_engine(where: Where, keep_all: bool = False) -> "Engine":
@@ -99,25 +98,27 @@ def open_engine(where: Where, keep_all: bool = False) -> "Engine":
     from matquant.checkpoint import Checkpoint, choose
     from matquant.engine import Engine
 
-    folder = locate(where)
+    folder, bits = locate(where)
     if where.threads is not None:
         import torch
 
         torch.set_num_threads(where.threads)
     checkpoint = Checkpoint.open(folder)
-    plan, widest = choose(checkpoint, where.bits, None)
+    plan, widest = choose(checkpoint, bits, None)
     check_draft(where.draft_bits, plan, checkpoint.widths)
     keep = max(checkpoint.widths) if keep_all else None if where.draft_bits is None else widest
     return Engine.open(folder, plan, keep, head_bits=where.head_bits, threads=where.threads)
 
 
-def locate(where: Where) -> Path:
-    """Where the files are, fetched if `where` names a checkpoint on the hub. Raises InputError."""
+def locate(where: Where) -> "tuple[Path, int | BitPlan | None]":
+    """(where the files are, fetched if `where` names a checkpoint on the hub; what to read it at). Raises InputError, PlanError."""
     if not Path(where.source).is_dir():
-        from matquant import hf
+        from matquant import loading  # which takes seconds, for transformers
 
-        return hf.locate(where.source, where.bits, None)
-    return Path(where.source)
+        return loading.locate(where.source, where.bits, None)
+    from matquant.search.plans import resolve
+
+    return Path(where.source), resolve(Path(where.source), where.bits)
 
 
 def check_draft(draft: int | None, plan: "BitPlan", widths: Sequence[int]) -> None:
@@ -145,7 +146,7 @@ def complete(where: Where, prompt: str, how: How, tell: Callable[[str], None]) -
                 raise
             reason = str(error).partition(";")[0]
         else:
-            return by_engine(engine, run.load_tokenizer(str(locate(where))), prompt, how, where.draft_bits, tell)
+            return by_engine(engine, run.load_tokenizer(str(locate(where)[0])), prompt, how, where.draft_bits, tell)
     run.check_device(where.device)
     sys.stderr.write(f"{reason}: transformers writes this\n")
     return by_transformers(where, prompt, how)
@@ -176,8 +177,9 @@ def by_transformers(where: Where, prompt: str, how: How) -> Completion:
 
     if where.threads is not None:
         torch.set_num_threads(where.threads)
-    model, tokenizer = run.load_model(where.source, where.bits, where.device, where.dtype), run.load_tokenizer(where.source)
-    label = run.plan_label(where.bits, model)
+    folder, bits = locate(where)
+    model, tokenizer = run.load_model(str(folder), bits, where.device, where.dtype), run.load_tokenizer(str(folder))
+    label = run.plan_label(bits, model)
     model = model.dequantize()
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if ids.numel() == 0:

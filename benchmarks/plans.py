@@ -1,0 +1,250 @@
+"""Plans of one checkpoint: every solver at every budget, scored on texts that no solver has seen.
+
+    python benchmarks/plans.py CHECKPOINT --original MODEL --name WORDS --work DIR --out results.json --train FILE --text FILE [--text FILE ...]
+        [--budgets 2.5 3 3.5 4 5 6] [--num-samples 4] [--seq-len 128] [--search-samples 16] [--search-seconds 120] [--score-samples 8]
+        [--score-len 256] [--seed 0] [--only measure pairs solve evolve long score] [--long 3.5] [--long-seconds 1800]
+
+measure   sensitivities of all units at all widths, on --num-samples sequences of --train, compared with the checkpoint's own widest read
+pairs     of units within a block and of neighbouring blocks
+solve     exact, quadratic, exact by modules, fisher, output-error, round-off, the paper's four schedules (their counts of blocks chosen with hindsight)
+evolve    from the exact solution, on --search-samples sequences of --train, --search-seconds a budget; long: --long-seconds at one budget
+score     KL to the original of every plan and every uniform width, on --score-samples sequences of each --text
+
+Sensitivities and results are kept and not made again. Seconds are of a machine as busy as it was; `load` says how busy, and `cpu_seconds` are the
+processor's own.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import command
+from quality import evaluation, machine
+
+from matquant import calibration, models
+from matquant.checkpoint import Checkpoint
+from matquant.cli.planned import source
+from matquant.errors import PlanError
+from matquant.plan import BitPlan
+from matquant.search import budget, planning
+from matquant.search.planning import SCHEDULES, Search, Task
+from matquant.search.probe import Probe
+from matquant.search.session import Session
+from matquant.search.units import as_plan, by_module
+
+STAGES = ("measure", "pairs", "solve", "evolve", "long", "score")
+SOLVERS: dict[str, tuple[str, str]] = {  # name -> (solver, loss)
+    "exact": ("exact", "kl"),
+    "quadratic": ("quadratic", "kl"),
+    "fisher": ("exact", "fisher"),
+    "output-error": ("exact", "output-error"),
+    "round-off": ("round-off", "round-off"),
+    **{schedule: (schedule, "kl") for schedule in SCHEDULES},
+}
+
+
+def now() -> tuple[float, float]:
+    """(seconds on the wall, seconds of processor time of all threads)."""
+    return time.perf_counter(), time.process_time()
+
+
+class Bench:
+    """One results file. Every step writes it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.checkpoint = options, Checkpoint.open(options.checkpoint)
+        options.work.mkdir(parents=True, exist_ok=True)
+        found = source(options.checkpoint, options.train, options.num_samples, options.seq_len, options.seed, None, None, "cpu", "float32")
+        self.session = Session(self.checkpoint, found, options.work / "sensitivity.json", "fused", progress=self.tell)
+        self.told = 0.0
+
+    @property
+    def results(self) -> dict[str, Any]:
+        out = self.options.out
+        return json.loads(out.read_text()) if out.exists() else {"plans": {}, "steps": {}, "uniform": {}}
+
+    def add(self, section: str, key: str, value: Any) -> None:
+        """Read before it is written: another process may have added to it."""
+        data = self.results
+        data[section][key] = value
+        setting = {name: getattr(self.options, name) for name in ("num_samples", "seq_len", "search_samples", "score_samples", "score_len", "seed")}
+        setting |= {"train": Path(self.options.train).name, "texts": [Path(text).name for text in self.options.text]}
+        data |= {"name": self.options.name, "setting": setting, "units": len(self.session.structure.units)}
+        self.options.out.parent.mkdir(parents=True, exist_ok=True)
+        self.options.out.write_text(json.dumps(data, indent=1) + "\n")
+
+    def step(self, name: str, started: tuple[float, float], **more: Any) -> None:
+        """started: `now` at the time."""
+        seconds, cpu = (round(b - a, 2) for a, b in zip(started, now(), strict=True))
+        self.add("steps", name, {"seconds": seconds, "cpu_seconds": cpu, "load": os.getloadavg(), "command": command(), "machine": machine(), **more})
+
+    def tell(self, stage: str, done: int, of: int) -> None:
+        if time.monotonic() - self.told > 20 or done == of:
+            self.told = time.monotonic()
+            print(f"{stage} {done}/{of}", flush=True)
+
+    # --- stages -----------------------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        started, known = now(), self.session.known
+        before = 0 if known is None else sum(map(len, known.kl))
+        found = self.session.measured()
+        self.step("measure", started, resumed_from=before, measured=sum(map(len, found.kl)))
+
+    def pairs(self) -> None:
+        started, before = now(), len(self.session.measured().pairs or ())
+        found = self.session.measured(pairs=True)
+        self.step("pairs", started, resumed_from=before, measured=len(found.pairs or ()), bits=found.pair_bits)
+
+    def task(self, bits: float, probe: Callable[[], Probe] | None = None) -> Task:
+        limit = budget.mean_bits(self.session.model, bits)
+        losses = {"kl": self.session.losses("kl")}
+        return Task(self.session.model, self.session.structure.units, limit, losses, {}, probe)
+
+    def solve(self) -> None:
+        losses = {}
+        for loss in planning.LOSSES:
+            started = now()
+            losses[loss] = self.session.losses(loss)
+            self.step(f"loss {loss}", started)
+        known = self.session.measured()
+        pairs = known.pair_terms(self.session.widths) if known.pairs_complete else {}
+        for bits in self.options.budgets:
+            task = replace(self.task(bits), losses=losses, pairs=pairs)
+            for name, (solver, loss) in SOLVERS.items():
+                if name == "quadratic" and not pairs:
+                    continue
+                try:
+                    self.keep(name, bits, task.solve(solver, loss))
+                except PlanError as error:
+                    print(f"{name} at {bits}: {error}", flush=True)
+            if pairs:
+                self.keep("module", bits, self.by_module(bits))
+        started = now()
+        problem = self.task(self.options.budgets[0]).problem("kl")
+        points = planning.solve.front(problem, 8)
+        self.step("front", started, points=len(points))
+
+    def by_module(self, bits: float) -> planning.Found:
+        """Exact with one width for the attention and one for the MLP of a block. Their losses follow from those of their units and the pairs within,
+        as equal widths have them; `matquant plan` measures them as they are."""
+        known, widths, started = self.session.measured(), self.session.widths, time.perf_counter()
+        fused, costs, losses = self.session.structure.units, self.session.model.bits(), known.losses(self.session.widths)
+        merged = by_module(fused)
+        of = [next(m for m, unit in enumerate(merged) if own.layers[0] in unit.layers) for own in fused]
+        cost, loss = np.zeros((len(merged), len(widths)), dtype=np.int64), np.zeros((len(merged), len(widths)))
+        for i, m in enumerate(of):
+            cost[m] += costs[i]
+            loss[m] += losses[i]
+        for (i, j), terms in known.pair_terms(widths).items():
+            if of[i] == of[j]:
+                loss[of[i]] += terms.diagonal()
+        problem = planning.Problem(cost, loss.clip(min=0.0))
+        coarse = planning.solve.exact(problem, budget.mean_bits(self.session.model, bits).limit)
+        choice = tuple(coarse[m] for m in of)
+        return planning.Found(choice, as_plan(fused, [widths[k] for k in choice]), time.perf_counter() - started)
+
+    def keep(self, name: str, bits: float, found: planning.Found, **more: Any) -> None:
+        plan = found.plan
+        entry = {"solver": name, "budget": bits, "bits": round(plan.mean_bits(self.checkpoint.modules, self.checkpoint.layout), 4)}
+        entry |= {"choice": "".join(str(self.session.widths[k]) for k in found.choice), "seconds": round(found.seconds, 3), "gap": found.gap}
+        entry |= {"predicted_kl": self.session.predicted(plan), **more}
+        before = self.results["plans"].get(f"{name}/{bits:g}", {})
+        if before.get("choice") == entry["choice"] and "kl" in before:
+            entry["kl"] = before["kl"]  # it was scored
+        self.add("plans", f"{name}/{bits:g}", entry)
+        print({key: entry[key] for key in ("solver", "budget", "bits", "seconds", "predicted_kl")}, flush=True)
+
+    def search_probe(self) -> Probe:
+        tokenizer = models.AutoTokenizer.from_pretrained(self.checkpoint.folder)
+        tokens = calibration.token_stream(tokenizer, calibration.read_texts(self.options.train))
+        bos = calibration.leading_token(tokenizer)
+        chosen, _ = calibration.choose_windows(
+            tokens, self.options.seq_len, self.options.search_samples, 0, self.options.seed + 1, self.options.train, bos
+        )
+        return Probe(self.checkpoint, self.session.structure.units, chosen)
+
+    def search(self, name: str, budgets: list[float], seconds: float) -> None:
+        probe = self.search_probe()
+        for bits in budgets:
+            if f"{name}/{bits:g}" in self.results["plans"]:
+                continue
+            counted = [0]
+
+            def tell(stage: str, done: int, of: int, counted: list[int] = counted) -> None:
+                counted[0] = done
+                self.tell(stage, done, of)
+
+            limit = Search(generations=10**6, seconds=seconds, seed=self.options.seed)
+            found = self.task(bits, lambda: probe).solve("evolve", "kl", limit, tell)
+            self.keep(name, bits, found, generations=counted[0], load=os.getloadavg())
+
+    def evolve(self) -> None:
+        self.search("evolve", self.options.budgets, self.options.search_seconds)
+
+    def long(self) -> None:
+        self.search("evolve-long", self.options.long, self.options.long_seconds)
+
+    def score(self) -> None:
+        source = models.open_source(self.options.original)
+        original = models.load_dense(self.options.original, source.folder, None, dtype=torch.float32)
+        tokenizer = source.tokenizer()
+        for spec in self.options.text:
+            text, started = Path(spec).name, now()
+            sequences = evaluation(spec, tokenizer, original, self.options.score_samples, self.options.score_len)
+            probe = Probe(self.checkpoint, self.session.structure.units, sequences, original)
+            known: dict[str, float] = {}
+            for r in self.session.widths:
+                row = self.results["uniform"].get(str(r), {"bits": BitPlan(r).mean_bits(self.checkpoint.modules, self.checkpoint.layout), "kl": {}})
+                if text not in row["kl"]:
+                    row["kl"][text] = probe.kl_of_plan(BitPlan(r))
+                    self.add("uniform", str(r), row)
+            for key, entry in self.results["plans"].items():
+                scored = entry.setdefault("kl", {})
+                if text in scored:
+                    known[entry["choice"]] = scored[text]
+                    continue
+                if entry["choice"] not in known:
+                    known[entry["choice"]] = probe.kl_of_plan(as_plan(self.session.structure.units, map(int, entry["choice"])))
+                scored[text] = known[entry["choice"]]
+                self.add("plans", key, entry)
+                print(key, text, round(scored[text], 4), flush=True)
+            self.step(f"score {text}", started, tokens=sequences.numel())
+            del probe  # before the next text has one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--original", required=True)
+    parser.add_argument("--name", required=True, help="of the model, in tables")
+    parser.add_argument("--work", type=Path, required=True, help="folder for sensitivities")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", required=True, help="text to measure and search on")
+    parser.add_argument("--text", action="append", required=True, help="to score on; may be given again")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[2.5, 3, 3.5, 4, 5, 6])
+    parser.add_argument("--num-samples", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--search-samples", type=int, default=16)
+    parser.add_argument("--search-seconds", type=float, default=120)
+    parser.add_argument("--long", type=float, nargs="*", default=[3.5], help="budgets of the long search")
+    parser.add_argument("--long-seconds", type=float, default=1800)
+    parser.add_argument("--score-samples", type=int, default=8)
+    parser.add_argument("--score-len", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=list(STAGES), choices=STAGES)
+    options = parser.parse_args()
+    bench = Bench(options)
+    for stage in options.only:
+        getattr(bench, stage)()
+
+
+if __name__ == "__main__":
+    main()
