@@ -2,11 +2,12 @@
 
     python benchmarks/serving.py CHECKPOINT --name WORDS --out results.json --llama-bench PROGRAM --built WORDS
         --peer 8:MODEL-Q8_0.gguf --peer 4:MODEL-Q4_0.gguf ... [--bits 8 6 4 3 2] [--draft-bits ...]
-        [--prompt-tokens 512] [--new-tokens 24] [--rounds 5] [--threads 2]
+        [--head-bits 4 2] [--prompt-tokens 512] [--new-tokens 24] [--rounds 5] [--threads 2]
 
 llama.cpp is the source in PyPI's llama-cpp-python, built for the machine it runs on (GGML_NATIVE); files of random weights of the same shape come from
 random_gguf.py and llama-quantize, the checkpoint from random_checkpoint.py. In each round every contender runs once, and a probe of read bandwidth
-before and after; numbers are medians over rounds, with the best beside them. A decode step of ours goes from embedding to the chosen token; llama-bench
+before and after. A head at 8 bits is our default; llama.cpp's is as narrow as the layers, so --head-bits N adds ours with layers and head at N bits.
+Numbers are medians over rounds, with the best beside them. A decode step of ours goes from embedding to the chosen token; llama-bench
 leaves out the choice of a token.
 """
 
@@ -55,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer", action="append", default=[], metavar="BITS:FILE", help="a GGUF file and the width it is compared with")
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 6, 4, 3, 2])
     parser.add_argument("--draft-bits", type=int, nargs="*", default=[])
+    parser.add_argument("--head-bits", type=int, nargs="*", default=[])
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
@@ -65,6 +67,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     engine = Engine.open(options.checkpoint, max(options.bits), max(options.bits), threads=options.threads)
+    narrow = {bits: Engine.open(options.checkpoint, bits, head_bits=bits, threads=options.threads) for bits in options.head_bits}
     prompt = prompt_of(engine, options.prompt_tokens)
     runs: dict[str, Any] = {}
     probes: list[float] = []
@@ -73,6 +76,9 @@ def main() -> None:
         for bits in options.bits:
             about = {"bits": bits, "words": "matquant", "read_bytes": engine.read_bytes(bits)}
             keep(runs, f"matquant-{bits}", about, of_engine(engine, bits, prompt, options.new_tokens))
+        for bits, other in narrow.items():
+            about = {"bits": bits, "words": f"matquant, head at {bits} bits", "read_bytes": other.read_bytes(bits)}
+            keep(runs, f"matquant-{bits}-head", about, of_engine(other, bits, prompt, options.new_tokens))
         for draft in options.draft_bits:
             widest = max(options.bits)
             engine.speculation = Speculation()

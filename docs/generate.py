@@ -3,8 +3,8 @@
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is `flags COMMAND` (from the command line
 itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
 `matquant eval --json` prints them), `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
-benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py), `speed MODEL` (speed-MODEL.json, benchmarks/speed.py) or `plans MODEL`
-(plans-MODEL.json, benchmarks/plans.py).
+benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py), `speed MODEL` (speed-MODEL.json, benchmarks/speed.py), `serving MODEL`
+(serving-MODEL.json, benchmarks/serving.py) or `plans MODEL` (plans-MODEL.json, benchmarks/plans.py).
 """
 
 import json
@@ -207,6 +207,47 @@ def _plan_rows(found: dict[str, Any], budgets: list[float], cell: Callable[[dict
     return rows
 
 
+def serving(model: str) -> str:
+    """Tokens a second of the engine and of llama.cpp, in alternation."""
+    stored = _stored(model, "serving")
+    setting, about, runs = stored["setting"], stored["machine"], stored["runs"]
+    ours = {run["bits"]: run["median"] for run in runs.values() if run["words"] == "matquant"}
+
+    def both(run: dict[str, Any], name: str) -> str:
+        return f"{run['median'][name]:.0f} ({run['best'][name]:.0f})" if name in run["median"] else ""
+
+    def over(run: dict[str, Any], name: str) -> str:
+        theirs = run["words"].startswith("llama.cpp") and name in run["median"]
+        return f"{ours[run['bits']][name] / run['median'][name]:.2f}" if theirs else ""
+
+    def read(run: dict[str, Any]) -> str:
+        return f"{run['read_bytes'] * run['median']['decode'] / 1e9:.1f}" if run["words"] == "matquant" else ""
+
+    def accepted(run: dict[str, Any]) -> str:
+        return f"{run['median']['acceptance']:.0%}" if "acceptance" in run["median"] else ""
+
+    order = sorted(runs.values(), key=lambda run: -run["bits"])
+    rows = [
+        [
+            str(run["bits"]),
+            run["words"],
+            both(run, "decode"),
+            over(run, "decode"),
+            read(run),
+            both(run, "prefill"),
+            over(run, "prefill"),
+            accepted(run),
+        ]
+        for run in order
+    ]
+    head = ["bits", "", "decode", "ours is times that", "GB/s of weights", "prefill", "ours is times that", "drafts accepted"]
+    return (
+        f"    {stored['command']}\n\n{setting['name']}. {about['processor']}, {setting['threads']} threads, {about['isa']}. llama.cpp: {about['llama.cpp']}. Tokens a second: median (best) of "
+        f"{setting['rounds']} rounds in alternation, prompts of {setting['prompt_tokens']} tokens, {setting['new_tokens']} new ones. A probe read "
+        f"{min(stored['probe_gb_s']):.0f} to {max(stored['probe_gb_s']):.0f} GB/s.\n\n" + markdown(head, rows)
+    )
+
+
 def _stored(model: str, kind: str = "quality") -> dict[str, Any]:
     return json.loads((REPO / "benchmarks" / "results" / f"{kind}-{model}.json").read_text())
 
@@ -305,7 +346,7 @@ def render(name: str) -> str:
     return {"exit codes": exit_codes, "results": results}[name]()
 
 
-PARTS = {"quality": quality, "ablation": ablation, "favor": favor, "peers": peers, "speed": speed, "plans": plans}
+PARTS = {"quality": quality, "ablation": ablation, "favor": favor, "peers": peers, "speed": speed, "serving": serving, "plans": plans}
 
 
 def regenerate(text: str) -> str:

@@ -127,7 +127,7 @@ def test_drafted_samples_have_the_verifiers_distribution() -> None:
     p, q = pick.probabilities(logits[0]), pick.probabilities(logits[1])
     rounds, counts = 40_000, torch.zeros(6)
     for _ in range(rounds):
-        token = pick.token(q)
+        token = pick.draw(q)
         accepted, following = pick.verify([token], [q], logits[[0, 2]])
         counts[token if accepted else following] += 1
     assert ((counts - rounds * p).abs() < 5 * (rounds * p * (1 - p)).sqrt()).all()

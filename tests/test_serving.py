@@ -179,7 +179,7 @@ def test_chat_says_what_is_wrong_and_goes_on(checkpoint: Path, say: Say) -> None
     out = say(checkpoint, "/bits 5", "/bits many", "/draft 8", "/nothing", "", "x" * 130, "/bits 4", "/draft 3", "/bits 3", "/stats")
     err = say.err.splitlines()  # type: ignore[attr-defined]
     for words in (
-        "error: 5 bits were not kept; choose from 8, 6, 4, 3, 2",
+        "error: 5 bits were not kept of model.layers.0.self_attn.q_proj; choose from 8, 6, 4, 3, 2",
         "error: /bits takes a whole number of bits, not 'many'",
         "error: draft-bits is 8, and the text is read at 8 bits",
         "error: no command '/nothing'; there are /bits N",

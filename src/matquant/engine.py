@@ -34,7 +34,6 @@ from matquant.errors import InputError, PlanError, UnservedError, choices
 from matquant.kernels import cpu
 from matquant.kernels.step import Cache, Stepper
 from matquant.plan import BitPlan
-from matquant.search.plans import Wanted, resolve
 from matquant.threads import for_steps_of
 from matquant.weight import NestedWeight
 
@@ -101,11 +100,14 @@ class Engine:
     exact: bool = False
     threads: int | None = None
     speculation: Speculation = field(default_factory=Speculation)
+    known: dict[int, tuple[BitPlan, Tensor]] = field(
+        default_factory=dict[int, tuple[BitPlan, Tensor]], repr=False
+    )  # plans that were read at, their widths
 
     @staticmethod
     def open(
         folder: str | Path,
-        bits: Wanted = None,
+        bits: int | float | str | BitPlan | None = None,
         keep: int | None = None,
         *,
         capacity: int = 4096,
@@ -121,7 +123,10 @@ class Engine:
         exact: products of floats instead of 8-bit inputs. Raises UnservedError for what it cannot read: a model of another shape than Llama's, a slicing other than floor; otherwise as `matquant.from_pretrained`.
         """
         checkpoint = Checkpoint.open(folder)
-        bits = resolve(Path(folder), bits)
+        if isinstance(bits, str | float):
+            from matquant.search.plans import resolve  # brings transformers, which takes as much memory as a small model
+
+            bits = resolve(Path(folder), bits)
         plan, widest = choose(checkpoint, bits, keep)
         if (slicing := checkpoint.layout.slicing) != "floor":
             raise UnservedError(f"the engine reads slicing floor, not {slicing}; use matquant.from_pretrained")
@@ -170,12 +175,17 @@ class Engine:
         self.plan = plan
 
     def widths(self, plan: BitPlan) -> UInt8[Tensor, " widths"]:
-        """What the stepper takes for `plan`. Raises PlanError for a width that was not kept."""
+        """What the stepper takes for `plan`. Raises PlanError for a width that was not kept. Found once for a plan: a step is short."""
+        known = self.known.get(id(plan))
+        if known is not None and known[0] is plan:
+            return known[1]
         names = [{part: self.shape.name(i, part) for part in llama.PARTS} for i in range(len(self.stepper.blocks))]
         for name in (name for own in names for name in own.values()):
             if (width := plan.bits(name)) not in self.kept[name]:
                 raise PlanError(f"{width} bits were not kept of {name}; {choices(width, self.kept[name])}, or open the checkpoint with keep={width}")
-        return self.stepper.widths([{part: plan.bits(name) for part, name in own.items()} for own in names])
+        found = self.stepper.widths([{part: plan.bits(name) for part, name in own.items()} for own in names])
+        self.known[id(plan)] = plan, found
+        return found
 
     def step(
         self, ids: Int[Tensor, " tokens"], sequence: Int[Tensor, " tokens"], position: Int[Tensor, " tokens"], cache: Cache, rows: Int[Tensor, " wanted"],
@@ -262,12 +272,12 @@ class Session:
 
     def _plain(self, new: int, pick: "_Picker") -> Iterator[int]:
         for _ in range(new):
-            yield pick.token(pick.probabilities(self._advance()))
+            yield pick.choose(self._advance())[0]
 
     def _speculative(self, new: int, pick: "_Picker", draft: BitPlan) -> Iterator[int]:
         self.engine.widths(draft)
         length, made, done = DRAFT, 1, self.engine.speculation
-        yield pick.token(pick.probabilities(self._advance()))
+        yield pick.choose(self._advance())[0]
         while made < new:
             place, token = self.passed, self.ids[-1]  # of the one token that has passed neither reader
             drafted, beliefs = self._draft(token, place, min(length, new - made - 1), pick, draft)
@@ -281,42 +291,52 @@ class Session:
                 done.made += 1
                 yield found
 
-    def _draft(self, token: int, place: int, count: int, pick: "_Picker", draft: BitPlan) -> tuple[list[int], list[Tensor]]:
-        """(tokens that the narrow read would write, the probabilities that it drew them from)."""
+    def _draft(self, token: int, place: int, count: int, pick: "_Picker", draft: BitPlan) -> tuple[list[int], list[Tensor | None]]:
+        """(tokens that the narrow read would write, what it drew them from)."""
         drafted: list[int] = []
-        beliefs: list[Tensor] = []
+        beliefs: list[Tensor | None] = []
         for index in range(count):
-            logits = self._pass([drafted[-1] if drafted else token], place + index, draft)
-            beliefs.append(pick.probabilities(logits[-1]))
-            drafted.append(pick.token(beliefs[-1]))
+            logits = self._pass([token], place + index, draft)
+            token, belief = pick.choose(logits[-1])
+            drafted.append(token)
+            beliefs.append(belief)
         return drafted, beliefs
 
 
 @dataclass(frozen=True)
 class _Picker:
-    """How tokens are chosen from logits."""
+    """How tokens are chosen from logits: the most probable at temperature 0, else drawn."""
 
     temperature: float
     generator: torch.Generator
 
     def probabilities(self, logits: Float[Tensor, " vocabulary"]) -> Float[Tensor, " vocabulary"]:
-        """All on the most probable token at temperature 0."""
-        if not self.temperature:
-            return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
         return torch.softmax(logits.double() / self.temperature, 0).float()
 
-    def token(self, probabilities: Float[Tensor, " vocabulary"]) -> int:
-        if not self.temperature:
-            return int(probabilities.argmax())
+    def draw(self, probabilities: Float[Tensor, " vocabulary"]) -> int:
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
-    def verify(self, drafted: Sequence[int], beliefs: Sequence[Tensor], logits: Float[Tensor, "drafted_and_one vocabulary"]) -> tuple[int, int]:
+    def choose(self, logits: Float[Tensor, " vocabulary"]) -> tuple[int, Tensor | None]:
+        """(the next token, what it was drawn from; None if it was not drawn)."""
+        if not self.temperature:
+            return int(logits.argmax()), None
+        p = self.probabilities(logits)
+        return self.draw(p), p
+
+    def verify(
+        self, drafted: Sequence[int], beliefs: Sequence[Tensor | None], logits: Float[Tensor, "drafted_and_one vocabulary"]
+    ) -> tuple[int, int]:
         """(how many drafted tokens stand, the token after them). Token t of belief q stands with probability min(1, p(t) / q(t)); else it is
-        drawn anew from what p has over q."""
+        drawn anew from what p has over q. At temperature 0 it stands if it is the most probable."""
+        if not self.temperature:
+            best = logits.argmax(-1).tolist()
+            standing = next((i for i, (a, b) in enumerate(zip(drafted, best, strict=False)) if a != b), len(drafted))
+            return standing, best[standing]
         for index, (token, q) in enumerate(zip(drafted, beliefs, strict=True)):
+            assert q is not None
             p = self.probabilities(logits[index])
             if torch.rand((), generator=self.generator) * q[token] < p[token]:
                 continue
             rest = (p - q).clamp(min=0)
-            return index, self.token(rest if rest.sum() > 0 else p)
-        return len(drafted), self.token(self.probabilities(logits[len(drafted)]))
+            return index, self.draw(rest if rest.sum() > 0 else p)
+        return len(drafted), self.draw(self.probabilities(logits[len(drafted)]))

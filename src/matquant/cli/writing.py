@@ -116,7 +116,9 @@ def locate(where: Where) -> "tuple[Path, int | BitPlan | None]":
         from matquant import loading  # which takes seconds, for transformers
 
         return loading.locate(where.source, where.bits, None)
-    from matquant.search.plans import resolve
+    if not isinstance(where.bits, str | float):
+        return Path(where.source), where.bits
+    from matquant.search.plans import resolve  # as slow
 
     return Path(where.source), resolve(Path(where.source), where.bits)
 

@@ -26,7 +26,7 @@ namespace {
 constexpr int STEP = 32;             // columns
 constexpr int SLOTS = 8;             // of a step: four columns each, the bytes of a lane
 constexpr int FEW = MQ_UNROLL;       // rows of x that are multiplied with one unpacking in registers
-constexpr int MANY = 2 * MQ_UNROLL;  // from so many on, a group is unpacked to memory
+constexpr int MANY = 2 * MQ_UNROLL;  // of an unpacked group, which more rows than FEW take
 constexpr int PANEL = 96;            // rows that pass a tile before the next: their inputs stay in the second-level cache
 
 // f(0), ..., f(N - 1), unrolled: what is kept in arrays by such an index stays in registers.
@@ -367,6 +367,7 @@ void panel(const mq_weight &w, const Inputs &x, const float *bias, float *y, int
         for (int t = 0; t < T; ++t) unpack<V, R>(w, tile + t, g, codes + t * apart);
         int64_t row = 0;
         for (; row + MANY <= count; row += MANY) group_of_codes<V, R, T, MANY>(w, read, codes, apart, x, start + row, tile, g, out + row * V::L);
+        for (; row + FEW <= count; row += FEW) group_of_codes<V, R, T, FEW>(w, read, codes, apart, x, start + row, tile, g, out + row * V::L);
         for (; row < count; ++row) group_of_codes<V, R, T, 1>(w, read, codes, apart, x, start + row, tile, g, out + row * V::L);
     }
     for (int t = 0; t < T; ++t)
@@ -387,18 +388,26 @@ void many_rows(const mq_weight &w, const Inputs &x, const float *bias, float *y,
     }
 }
 
+// Two tiles at once, half of the range apart, share the row's inputs, and keep more loads under way.
+template <class V, int R>
+void one_row(const mq_weight &w, const Inputs &x, const float *bias, float *y, int64_t row, int64_t first, int64_t last) {
+    const int64_t half = R <= V::TWO_TILES ? (last - first) / 2 : 0;
+    for (int64_t tile = first; tile < first + half; ++tile) tiles_and_rows<V, R, 2, 1>(w, x, bias, y, row, tile, half);
+    for (int64_t tile = first + 2 * half; tile < last; ++tile) tiles_and_rows<V, R, 1, 1>(w, x, bias, y, row, tile, 0);
+}
+
 template <class V, int R>
 void all_rows(const mq_weight &w, const Inputs &x, const float *bias, float *y, int64_t first, int64_t last) {
-    if (x.m >= MANY && !x.x) return many_rows<V, R>(w, x, bias, y, first, last);
+    if (x.m > FEW && !x.x) return many_rows<V, R>(w, x, bias, y, first, last);
     int64_t row = 0;
     for (; row + FEW <= x.m; row += FEW)
         for (int64_t tile = first; tile < last; ++tile) tiles_and_rows<V, R, 1, FEW>(w, x, bias, y, row, tile, 0);
-    // One row: two tiles at once, half of the range apart, share its inputs, and keep more loads under way.
-    const int64_t half = R <= V::TWO_TILES ? (last - first) / 2 : 0;
-    for (; row < x.m; ++row) {
-        for (int64_t tile = first; tile < first + half; ++tile) tiles_and_rows<V, R, 2, 1>(w, x, bias, y, row, tile, half);
-        for (int64_t tile = first + 2 * half; tile < last; ++tile) tiles_and_rows<V, R, 1, 1>(w, x, bias, y, row, tile, 0);
-    }
+    if (x.m - row == 1) return one_row<V, R>(w, x, bias, y, row, first, last);
+    each<FEW>([&](auto rows) {  // 2 or 3 rows are left: the planes are read once for all of them
+        if constexpr (rows > 1)
+            if (x.m - row == rows)
+                for (int64_t tile = first; tile < last; ++tile) tiles_and_rows<V, R, 1, rows>(w, x, bias, y, row, tile, 0);
+    });
 }
 
 template <class V>

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #if defined(MQ_X86) && defined(__linux__)
-#define MQ_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define MQ_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define MQ_CLONES
 #endif
