@@ -100,9 +100,7 @@ class Engine:
     exact: bool = False
     threads: int | None = None
     speculation: Speculation = field(default_factory=Speculation)
-    known: dict[int, tuple[BitPlan, Tensor]] = field(
-        default_factory=dict[int, tuple[BitPlan, Tensor]], repr=False
-    )  # plans that were read at, their widths
+    known: dict[Any, Tensor] = field(default_factory=dict[Any, Tensor], repr=False)  # what `widths` found, by plan
 
     @staticmethod
     def open(
@@ -176,16 +174,15 @@ class Engine:
 
     def widths(self, plan: BitPlan) -> UInt8[Tensor, " widths"]:
         """What the stepper takes for `plan`. Raises PlanError for a width that was not kept. Found once for a plan: a step is short."""
-        known = self.known.get(id(plan))
-        if known is not None and known[0] is plan:
-            return known[1]
+        key = plan.default, frozenset(plan.overrides.items())
+        if key in self.known:
+            return self.known[key]
         names = [{part: self.shape.name(i, part) for part in llama.PARTS} for i in range(len(self.stepper.blocks))]
         for name in (name for own in names for name in own.values()):
             if (width := plan.bits(name)) not in self.kept[name]:
                 raise PlanError(f"{width} bits were not kept of {name}; {choices(width, self.kept[name])}, or open the checkpoint with keep={width}")
-        found = self.stepper.widths([{part: plan.bits(name) for part, name in own.items()} for own in names])
-        self.known[id(plan)] = plan, found
-        return found
+        self.known[key] = self.stepper.widths([{part: plan.bits(name) for part, name in own.items()} for own in names])
+        return self.known[key]
 
     def step(
         self, ids: Int[Tensor, " tokens"], sequence: Int[Tensor, " tokens"], position: Int[Tensor, " tokens"], cache: Cache, rows: Int[Tensor, " wanted"],

@@ -14,7 +14,7 @@
 
 #include "layout.h"
 
-#ifdef MQ_UNROLL  // instrumented code of long unrolled loops takes minutes to compile
+#ifdef MQ_UNROLL  // by whoever wants short code: instrumented, or of arrays, long unrolled loops take minutes to compile
 #define MQ_INLINE
 #else
 #define MQ_INLINE __attribute__((always_inline))

@@ -1,6 +1,9 @@
-// Any machine. What the vector versions must equal.
+// Any machine. What the vector versions must equal. Loops stay loops: unrolled over arrays they compile for minutes, and gain nothing.
 #include <cstring>
 
+#ifndef MQ_UNROLL
+#define MQ_UNROLL 1
+#endif
 #include "half.h"
 #include "linear.inl"
 
