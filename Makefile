@@ -4,7 +4,7 @@
 # make sanitize  GPU kernel tests, compiled, under compute-sanitizer's memory check (needs CUDA)
 # make docs    rewrite the generated tables in README.md and docs/CLI.md
 #
-# Needs Python 3.10 or newer, make and g++. Installs into .venv; nothing outside this folder is touched but pip's cache.
+# Needs Python 3.10 or newer, make and g++ 11 or newer. Installs into .venv; nothing outside this folder is touched but pip's cache.
 # `make PYTHON=python3.12 test` chooses the interpreter; DEMO=... adds arguments to the demo (see benchmarks/demo.py).
 
 SHELL := /bin/bash
