@@ -26,6 +26,12 @@ QUANT_METHOD, VERSION = "matquant", 1
 RESERVED = ("weight", "plane", "scale", "zero")
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # of scales: torch's name -> safetensors'
 
+# What safetensors call the types of numbers.
+STORED = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -34,7 +34,7 @@ from matquant.checkpoint.files import (
     safe_name,
     walk,
 )
-from matquant.checkpoint.format import Spec, expected, missing_of, needs, owner_of, parse_config, value_problem
+from matquant.checkpoint.format import STORED, Spec, expected, missing_of, needs, owner_of, parse_config, value_problem
 from matquant.codes import planes_needed
 from matquant.errors import CheckpointError, InputError, MatquantError, MissingPlanesError, PlanError, choices
 from matquant.packing import unpack_planes
@@ -43,10 +43,6 @@ from matquant.recipe import Recipe
 from matquant.weight import NestedWeight, Refit
 
 MAX_TENSORS = 200_000
-STORED = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CONTEXT = 4096  # tokens that memory is counted for
 SPARE = 0.1  # of the free memory, left to activations and to others by --fit
 SIZE = "SIZE"
+PARETO = typer.Option(None, metavar="FILE", help="draw size against KL and the plan's widths, FILE.svg or FILE.png", show_default=False)
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,7 @@ def plan(
     output: Path | None = typer.Option(
         None, "--output", "-o", metavar="FILE", help="write the plan there, not into the checkpoint", show_default=False
     ),
-    pareto: Path | None = typer.Option(
-        None, metavar="FILE", help="draw size against KL and the plan's widths, FILE.svg or FILE.png", show_default=False
-    ),
+    pareto: Path | None = PARETO,
     measure: bool = typer.Option(True, help="measure the plan's KL too; off = predict it only, and load no model if nothing has to be measured"),
     units: str = typer.Option(
         "module", help="what gets one width: module (attention or MLP of a block), fused (what engines fuse: q/k/v, gate/up, experts) or layer"
