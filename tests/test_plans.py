@@ -142,8 +142,8 @@ def test_files_of_planes_that_no_layer_needs_may_be_missing(planned: Path) -> No
 
 def test_the_engine_reads_of_every_layer_the_planes_of_its_width(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors: set[str] = set()
-    whole = Checkpoint.tensor
-    monkeypatch.setattr(Checkpoint, "tensor", lambda checkpoint, name: tensors.add(name) or whole(checkpoint, name))
+    whole = Checkpoint.rows
+    monkeypatch.setattr(Checkpoint, "rows", lambda checkpoint, name, *some: tensors.add(name) or whole(checkpoint, name, *some))
     engine = Engine.open(planned, "careful")
     read = {name for name in tensors if ".plane." in name}
     wanted = {f"{name}.plane.{k}" for name in engine.checkpoint.modules for k in range(2, MIXED.bits(name))}

@@ -247,7 +247,7 @@ FILES: dict[str, tuple[Damage, str]] = {
     ),
     "a plan for an unknown layer": (
         lambda f: (f / "plans/mixed.json").write_text('{"default": 4, "layers": {"x": 4}}'),
-        "mixed.json: the plan names layer 'x'",
+        "mixed.json, line 1: the plan names layer 'x'",
     ),
     "a plan for an unknown width": (lambda f: (f / "plans/mixed.json").write_text('{"default": 5}'), "the plan gives default 5 bits"),
     "a plan that is no plan": (lambda f: (f / "plans/mixed.json").write_text("["), "mixed.json, line 1"),
