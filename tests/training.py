@@ -85,6 +85,7 @@ def main() -> None:
     sharded = {type(p).__name__ for p in run.model.parameters()} == {"DTensor"}
     assert sharded is (kind == "fsdp")
     torch.save(codes(run), folder / f"codes-{accelerator.process_index}.pt")
+    torch.distributed.barrier()  # a process whose peer has gone already may abort in its threads
     torch.distributed.destroy_process_group()
 
 
