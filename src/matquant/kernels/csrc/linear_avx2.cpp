@@ -42,7 +42,6 @@ struct Avx2 {
     static F byte_to_float(I a, int k) {
         return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128(8 * k)), _mm256_set1_epi32(255)));
     }
-    static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

@@ -42,7 +42,6 @@ struct Neon {
     static F byte_to_float(I a, int k) {
         return vcvtq_f32_u32(vandq_u32(vshlq_u32(vreinterpretq_u32_u8(a), vdupq_n_s32(-8 * k)), vdupq_n_u32(255)));
     }
-    static F add(F a, F b) { return vaddq_f32(a, b); }
     static F sub(F a, F b) { return vsubq_f32(a, b); }
     static F mul(F a, F b) { return vmulq_f32(a, b); }
     static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }

@@ -47,7 +47,6 @@ struct Scalar {
     static F load_half(const uint16_t *p) { F r; for (int i = 0; i < L; ++i) r.v[i] = half_to_float(p[i]); return r; }
     static F load_bytes(const uint8_t *p) { F r; for (int i = 0; i < L; ++i) r.v[i] = p[i]; return r; }
     static F byte_to_float(I a, int k) { F r; for (int i = 0; i < L; ++i) r.v[i] = a.v[4 * i + k]; return r; }
-    static F add(F a, F b) { for (int i = 0; i < L; ++i) a.v[i] += b.v[i]; return a; }
     static F sub(F a, F b) { for (int i = 0; i < L; ++i) a.v[i] -= b.v[i]; return a; }
     static F mul(F a, F b) { for (int i = 0; i < L; ++i) a.v[i] *= b.v[i]; return a; }
     static F fma(F a, F b, F c) { for (int i = 0; i < L; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]); return c; }
