@@ -12,11 +12,12 @@ from torch import Tensor
 import matquant
 from matquant import llama
 from matquant.codes import Grid
-from matquant.engine import Engine, _Picker
+from matquant.engine import Engine
 from matquant.errors import InputError, PlanError, UnservedError
 from matquant.pipeline import RunOptions, quantize
 from matquant.plan import BitPlan
 from matquant.recipe import Recipe
+from matquant.speculation import ASK_AGAIN, FIRST_RATE, MOST_DRAFTED, Echo, Narrow, Picker, Rate
 
 SERVED = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
 WIDTHS = (8, 4, 3, 2)
@@ -96,6 +97,14 @@ def test_any_switches_give_the_logits_of_a_fresh_load(made) -> None:  # type: ig
     assert after == arrays  # not a byte was copied
 
 
+@pytest.fixture
+def only_narrow_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they cost, and nothing from the text itself."""
+    monkeypatch.setattr(Echo, "draft", lambda self, most: [])
+    monkeypatch.setattr(Narrow, "pays", lambda self: True)
+
+
+@pytest.mark.usefixtures("only_narrow_drafts")
 @pytest.mark.parametrize("draft", [8, 4, 3, 2])
 @pytest.mark.parametrize("prompt", [1, 7])
 def test_drafting_changes_no_greedy_token(draft: int, prompt: int, made) -> None:  # type: ignore[no-untyped-def]
@@ -104,9 +113,58 @@ def test_drafting_changes_no_greedy_token(draft: int, prompt: int, made) -> None
         want = list(engine.generate(IDS[:prompt], new))
         assert len(want) == new and list(engine.generate(IDS[:prompt], new, draft_bits=draft)) == want
     done = engine.speculation
-    assert 0 <= done.accepted <= done.drafted and done.passes > 0
+    assert 0 <= done.accepted <= done.drafted and done.passes > 0 and done.made == 43 and not done.copied
     if draft == 8:
         assert done.acceptance == 1.0
+
+
+def test_a_text_that_repeats_itself_is_copied(made) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 8, keep=8)
+    want = list(engine.generate(IDS[:7], 60))  # a small random model soon goes round
+    assert list(engine.generate(IDS[:7], 60, draft_bits=2)) == want
+    done = engine.speculation
+    assert done.made == 60 and done.copied >= done.stood > 20 and done.per_pass > 1.5
+
+
+def test_echo_follows_the_last_occurrence() -> None:
+    text = [1, 2, 3, 4, 1, 2, 3, 5, 6, 7, 8, 9, 1, 2, 3]
+    echo = Echo(text)
+    assert echo.draft(2) == [5, 6] and echo.draft(9) == [5, 6, 7, 8]  # as many as are believed to stand at first
+    text += [4]
+    assert echo.draft(9) == [1, 2, 3, 5]
+    assert Echo([1, 2, 3]).draft(9) == [] == Echo([1]).draft(9)
+
+
+def test_a_rate_learns_what_was_tried() -> None:
+    rate = Rate()
+    rate.learn(0, 0)
+    assert rate.value == FIRST_RATE and rate.length == 4
+    rate.learn(2, 5)  # two stood, one did not, two were not tried
+    assert rate.value == pytest.approx(((FIRST_RATE * 0.9 + 0.1) * 0.9 + 0.1) * 0.9)
+    for _ in range(100):
+        rate.learn(3, 3)
+    assert rate.length == MOST_DRAFTED
+    for _ in range(100):
+        rate.learn(0, 1)
+    assert rate.length == 1
+
+
+def test_a_read_that_does_not_pay_is_asked_now_and_then(made) -> None:  # type: ignore[no-untyped-def]
+    engine = Engine.open(made("llama"), 8, keep=8)
+    narrow = Narrow.of(engine, 2, IDS)
+    assert 0 < narrow.cost < Narrow.of(engine, 4, IDS).cost < 1
+    assert narrow.pays()
+    narrow.rate.value = 0.0
+    asked = [narrow.pays() for _ in range(2 * (ASK_AGAIN + 1))]
+    assert sum(asked) == 2 and asked[ASK_AGAIN]
+    words = engine.stepper.geometry.vocabulary
+    assert Narrow.of(engine, 2, [words - 1]).words == words > Narrow.of(engine, 2, [0] * 30).words  # a text of rare words
+
+
+def test_logits_of_the_first_words_are_those_of_all(made) -> None:  # type: ignore[no-untyped-def]
+    session = Engine.open(made("llama"), 4).session()
+    whole = session.read(IDS, 0, last=3)
+    assert torch.equal(session.read(IDS, 0, last=3, words=37), whole[:, :37])
 
 
 def test_generation_is_the_argmax_of_whole_texts(made) -> None:  # type: ignore[no-untyped-def]
@@ -119,18 +177,22 @@ def test_generation_is_the_argmax_of_whole_texts(made) -> None:  # type: ignore[
     assert list(engine.generate(IDS[:5], 12, stop=[text[8]])) == text[5 : end + 1]
 
 
-def test_drafted_samples_have_the_verifiers_distribution() -> None:
+@pytest.mark.parametrize("belief", ["all words", "the first words", "certain"])
+def test_drafted_samples_have_the_verifiers_distribution(belief: str) -> None:
     """Frequencies of 40,000 tokens against p, whatever the draft believed: within five standard deviations of every count."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 6, generator=g) * 1.5
-    pick = _Picker(0.8, g)
+    pick = Picker(0.8, g)
     p, q = pick.probabilities(logits[0]), pick.probabilities(logits[1])
+    if belief == "the first words":
+        q = q[:3] / q[:3].sum()
     rounds, counts = 40_000, torch.zeros(6)
     for _ in range(rounds):
-        token = pick.draw(q)
-        accepted, following = pick.verify([token], [q], logits[[0, 2]])
+        token = 1 if belief == "certain" else pick.draw(q)
+        accepted, following = pick.verify([token], [None if belief == "certain" else q], logits[[0, 2]])
         counts[token if accepted else following] += 1
     assert ((counts - rounds * p).abs() < 5 * (rounds * p * (1 - p)).sqrt()).all()
+    q = torch.nn.functional.pad(q, (0, 6 - len(q)))
     assert ((counts - rounds * q).abs() > 5 * (rounds * q * (1 - q)).sqrt()).any()  # the test tells p from q
 
 

@@ -110,7 +110,7 @@ def test_serving_takes_weights_and_little_more(folder: Path, tmp_path: Path, mon
     """At most r-bit weights, metadata and cache + 300 MB; torch alone takes most of that."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     peak, engine = benchmark.peak_memory(folder, 3, 16, 8, threads=1), Engine.open(folder, 3)
-    cache = sum(part.nbytes for part in vars(engine.stepper.cache(1, 24)).values())
+    cache = sum(part.nbytes for part in (engine.stepper.cache(1, 24).keys, engine.stepper.cache(1, 24).values))
     assert peak is not None and engine.read_bytes(3) < peak < engine.read_bytes(3) + cache + 300e6
     with pytest.raises(ResourceError, match="a process that serves .* at 5 bits ended with 1"):
         benchmark.peak_memory(folder, 5, 16, 8, threads=1)

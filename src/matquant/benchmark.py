@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from matquant.codes import Grid
-from matquant.engine import Engine, Speculation
+from matquant.engine import Engine
 from matquant.errors import InputError, ResourceError
 from matquant.kernels import cpu
 from matquant.kernels.cpu import PackedWeight
+from matquant.speculation import Speculation
 from matquant.weight import NestedWeight
 
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")

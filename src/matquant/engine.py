@@ -8,10 +8,8 @@
     for token in session.reply(ids, 100): ...
     for token in session.reply(more, 100): ...
 
-Self-speculation is speculative decoding (https://arxiv.org/abs/2211.17192) with a narrower read of the same weights as the draft model (as QSpec's,
-https://arxiv.org/abs/2410.11305): the verifier's pass over the drafted tokens writes its own keys and values over the draft's, so both share one
-cache. Greedy output is that of plain decoding to the token, because a row is computed the same alone or among others; sampled output has
-the same distribution.
+Greedy output with drafts (speculation.py) is that of plain decoding to the token, because a row is computed the same alone or among others; sampled output
+has the same distribution.
 """
 
 import ctypes
@@ -34,33 +32,12 @@ from matquant.errors import InputError, PlanError, UnservedError, choices
 from matquant.kernels import cpu
 from matquant.kernels.step import Cache, Stepper
 from matquant.plan import BitPlan
+from matquant.speculation import Picker, Speculation, speculate
 from matquant.threads import for_steps_of
 from matquant.weight import NestedWeight
 
 HEAD_GROUPS = (64, 32)  # input channels that share a scale of the head: the first that divides them
 PREFILL = 512  # tokens of a prompt that pass at once
-DRAFT = 4  # tokens that are drafted at first
-MOST_DRAFTED = 12
-
-
-@dataclass
-class Speculation:
-    """What self-speculation did. drafted, accepted, made: tokens. passes: of the verifier."""
-
-    drafted: int = 0
-    accepted: int = 0
-    made: int = 0
-    passes: int = 0
-
-    @property
-    def acceptance(self) -> float:
-        """Share of drafted tokens that the verifier accepted."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-    @property
-    def per_pass(self) -> float:
-        """Tokens that a pass of the verifier led to."""
-        return self.made / self.passes if self.passes else 0.0
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -186,11 +163,11 @@ class Engine:
 
     def step(
         self, ids: Int[Tensor, " tokens"], sequence: Int[Tensor, " tokens"], position: Int[Tensor, " tokens"], cache: Cache, rows: Int[Tensor, " wanted"],
-        plan: BitPlan | None = None,
-    ) -> Float[Tensor, "wanted vocabulary"]:  # fmt: skip
-        """Logits of some of the tokens, each given its sequence and its position in it."""
+        plan: BitPlan | None = None, words: int | None = None,
+    ) -> Float[Tensor, "wanted words"]:  # fmt: skip
+        """Logits of some of the tokens, each given its sequence and its position in it. words: of the first of the vocabulary only."""
         widths = self.widths(plan or self.plan)
-        return self.stepper.step(widths, self.embeddings[ids], sequence, position, cache, rows, self.exact, self.threads)
+        return self.stepper.step(widths, self.embeddings[ids], sequence, position, cache, rows, words, self.exact, self.threads)
 
     def logits(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens vocabulary"]:
         """Of a whole text, at every position."""
@@ -235,7 +212,7 @@ class Session:
         """At most `new` tokens after the text and `ids`, one by one; ends behind one of `stop`. Greedy at temperature 0.
 
         Each token belongs to the text as soon as it is handed out, so a reply may be left at any token and the text goes on from there.
-        draft_bits: draft at this width. Raises InputError for a text without tokens, or one that leaves no room for new ones.
+        draft_bits: draft at this width, where the text does not repeat itself (speculation.py). Raises InputError for a text without tokens, or one that leaves no room for new ones.
         """
         if not ids and not self.ids:
             raise InputError("the prompt has no tokens; give at least one")
@@ -244,96 +221,32 @@ class Session:
         self.passed = min(self.passed, len(self.ids))  # a reply that was left had passed drafted tokens too
         self.ids += ids
         self.passed = min(self.passed, len(self.ids) - 1)
-        pick = _Picker(temperature, torch.Generator().manual_seed(seed))
-        for token in self._speculative(new, pick, BitPlan(draft_bits)) if draft_bits else self._plain(new, pick):
+        pick = Picker(temperature, torch.Generator().manual_seed(seed))
+        if draft_bits:
+            self.engine.widths(BitPlan(draft_bits))  # refused before a token passes
+        for token in speculate(self, new, pick, draft_bits) if draft_bits else self._plain(new, pick):
             self.ids.append(token)
             yield token
             if token in stop:
                 return
 
-    def _pass(self, ids: Sequence[int], start: int, plan: BitPlan | None = None, last: int = 1) -> Float[Tensor, "last vocabulary"]:
-        """Logits of the last tokens of `ids`, whose first has position `start`."""
-        places = torch.arange(start, start + len(ids))
-        found = []
-        for part in places.split(PREFILL):
-            done = int(part[-1]) - start + 1
-            wanted = torch.arange(max(len(part) - max(last - (len(ids) - done), 0), 0), len(part))
-            found.append(self.engine.step(torch.tensor(ids)[part - start], torch.zeros_like(part), part, self.cache, wanted, plan))
-        return torch.cat(found)
+    def read(self, ids: Sequence[int], start: int, plan: BitPlan | None = None, last: int = 1, words: int | None = None) -> Float[Tensor, "last words"]:
+        """Logits of the last tokens of `ids`, whose first has position `start`; of the first `words` of the vocabulary. None: as Engine.step."""
+        found: list[Tensor] = []
+        for at in range(0, len(ids), PREFILL):
+            part = ids[at : at + PREFILL]
+            wanted = torch.arange(max(len(part) - max(last - (len(ids) - at - len(part)), 0), 0), len(part), dtype=torch.int32)
+            sequence = torch.zeros(len(part), dtype=torch.int32)
+            position = torch.arange(start + at, start + at + len(part), dtype=torch.int32)
+            found.append(self.engine.step(torch.tensor(part), sequence, position, self.cache, wanted, plan, words))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _advance(self) -> Float[Tensor, " vocabulary"]:
+    def advance(self) -> Float[Tensor, " vocabulary"]:
         """Pass what has not passed. Returns the logits of the last token."""
-        logits = self._pass(self.ids[self.passed :], self.passed)
+        logits = self.read(self.ids[self.passed :], self.passed)
         self.passed = len(self.ids)
         return logits[-1]
 
-    def _plain(self, new: int, pick: "_Picker") -> Iterator[int]:
+    def _plain(self, new: int, pick: Picker) -> Iterator[int]:
         for _ in range(new):
-            yield pick.choose(self._advance())[0]
-
-    def _speculative(self, new: int, pick: "_Picker", draft: BitPlan) -> Iterator[int]:
-        self.engine.widths(draft)
-        length, made, done = DRAFT, 1, self.engine.speculation
-        yield pick.choose(self._advance())[0]
-        while made < new:
-            place, token = self.passed, self.ids[-1]  # of the one token that has passed neither reader
-            drafted, beliefs = self._draft(token, place, min(length, new - made - 1), pick, draft)
-            logits = self._pass([token, *drafted], place, last=len(drafted) + 1)
-            accepted, following = pick.verify(drafted, beliefs, logits)
-            self.passed = place + accepted + 1
-            done.drafted, done.accepted, done.passes = done.drafted + len(drafted), done.accepted + accepted, done.passes + 1
-            length = min(length + 2, MOST_DRAFTED) if accepted == len(drafted) else max(1, (length + accepted + 1) // 2)
-            for found in [*drafted[:accepted], following][: new - made]:
-                made += 1
-                done.made += 1
-                yield found
-
-    def _draft(self, token: int, place: int, count: int, pick: "_Picker", draft: BitPlan) -> tuple[list[int], list[Tensor | None]]:
-        """(tokens that the narrow read would write, what it drew them from)."""
-        drafted: list[int] = []
-        beliefs: list[Tensor | None] = []
-        for index in range(count):
-            logits = self._pass([token], place + index, draft)
-            token, belief = pick.choose(logits[-1])
-            drafted.append(token)
-            beliefs.append(belief)
-        return drafted, beliefs
-
-
-@dataclass(frozen=True)
-class _Picker:
-    """How tokens are chosen from logits: the most probable at temperature 0, else drawn."""
-
-    temperature: float
-    generator: torch.Generator
-
-    def probabilities(self, logits: Float[Tensor, " vocabulary"]) -> Float[Tensor, " vocabulary"]:
-        return torch.softmax(logits.double() / self.temperature, 0).float()
-
-    def draw(self, probabilities: Float[Tensor, " vocabulary"]) -> int:
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
-
-    def choose(self, logits: Float[Tensor, " vocabulary"]) -> tuple[int, Tensor | None]:
-        """(the next token, what it was drawn from; None if it was not drawn)."""
-        if not self.temperature:
-            return int(logits.argmax()), None
-        p = self.probabilities(logits)
-        return self.draw(p), p
-
-    def verify(
-        self, drafted: Sequence[int], beliefs: Sequence[Tensor | None], logits: Float[Tensor, "drafted_and_one vocabulary"]
-    ) -> tuple[int, int]:
-        """(how many drafted tokens stand, the token after them). Token t of belief q stands with probability min(1, p(t) / q(t)); else it is
-        drawn anew from what p has over q. At temperature 0 it stands if it is the most probable."""
-        if not self.temperature:
-            best = logits.argmax(-1).tolist()
-            standing = next((i for i, (a, b) in enumerate(zip(drafted, best, strict=False)) if a != b), len(drafted))
-            return standing, best[standing]
-        for index, (token, q) in enumerate(zip(drafted, beliefs, strict=True)):
-            assert q is not None
-            p = self.probabilities(logits[index])
-            if torch.rand((), generator=self.generator) * q[token] < p[token]:
-                continue
-            rest = (p - q).clamp(min=0)
-            return index, self.draw(rest if rest.sum() > 0 else p)
-        return len(drafted), self.draw(self.probabilities(logits[len(drafted)]))
+            yield pick.choose(self.advance())[0]

@@ -55,7 +55,7 @@ def library() -> Any:
     ]  # fmt: skip
     p, n = ctypes.c_void_p, ctypes.c_int64
     loaded.mq_step.restype = ctypes.c_int
-    loaded.mq_step.argtypes = [p, p, n, p, p, p, p, p, n, n, n, p, p, n, n, ctypes.c_char_p]
+    loaded.mq_step.argtypes = [p, p, n, p, p, p, p, p, n, n, n, p, n, p, n, n, ctypes.c_char_p]
     return loaded
 
 

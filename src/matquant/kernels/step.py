@@ -14,6 +14,7 @@ from matquant.kernels.cpu import PackedWeight, library
 
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 ACTS = ("silu", "gelu")
+KEYS, CHUNK = 16, 64  # positions whose keys lie together; positions that there is room for at a time (csrc/attention.h)
 
 
 class _Block(ctypes.Structure):
@@ -70,14 +71,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of some sequences, in float32. Pages that no token has reached take no memory."""
+    """Keys and values of some sequences of at most `capacity` tokens, in float32. Pages that no token has reached take no memory."""
 
-    keys: Float[Tensor, "layers sequences kv_heads capacity head"]
-    values: Float[Tensor, "layers sequences kv_heads capacity head"]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
+    keys: Float[Tensor, "layers sequences kv_heads tiles head 16"]
+    values: Float[Tensor, "layers sequences kv_heads places padded_head"]
+    capacity: int
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,8 @@ class Stepper:
 
     def cache(self, sequences: int, capacity: int) -> Cache:
         """An empty one."""
-        shape = (len(self.blocks), sequences, self.geometry.kv_heads, capacity, self.geometry.head_size)
-        return Cache(torch.empty(shape), torch.empty(shape))
+        heads, size, places = (len(self.blocks), sequences, self.geometry.kv_heads), self.geometry.head_size, -(-capacity // CHUNK) * CHUNK
+        return Cache(torch.empty(*heads, places // KEYS, size, KEYS), torch.empty(*heads, places, -(-size // KEYS) * KEYS), capacity)
 
     def widths(self, bits: Sequence[Mapping[str, int]]) -> UInt8[Tensor, " widths"]:
         """What `step` takes for the widths of every block's parts."""
@@ -132,19 +130,20 @@ class Stepper:
         position: Int[Tensor, " tokens"],
         cache: Cache,
         rows: Int[Tensor, " wanted"],
+        words: int | None = None,
         exact: bool = False,
         threads: int | None = None,
-    ) -> Float[Tensor, "wanted vocabulary"]:
-        """Logits of some rows. x: embeddings. Each token's keys and values go to its place in `cache`, over what was there.
+    ) -> Float[Tensor, "wanted words"]:
+        """Logits of some rows. x: embeddings. words: of the vocabulary, the first so many (None: all). Each token's keys and values go to its place in `cache`, over what was there.
 
         Raises InputError for a place that the cache has not, MissingPlanesError for a width that was not packed.
         """
         x = x.float().contiguous()
         of_sequence, of_position, of_rows = (part.to(torch.int32).contiguous() for part in (sequence, position, rows))
-        logits = torch.empty(len(rows), self.geometry.vocabulary)
+        logits, words = torch.empty(len(rows), self.geometry.vocabulary), words or self.geometry.vocabulary
         failed = library().mq_step(
             ctypes.byref(self.struct), widths.data_ptr(), len(x), x.data_ptr(), of_sequence.data_ptr(), of_position.data_ptr(),
-            cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.capacity, len(rows), of_rows.data_ptr(), logits.data_ptr(),
+            cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.capacity, len(rows), of_rows.data_ptr(), words, logits.data_ptr(),
             exact, threads or torch.get_num_threads(), self.head.isa.encode(),
         )  # fmt: skip
         if failed == 2:
@@ -152,4 +151,4 @@ class Stepper:
         if failed == 3:
             raise InputError(f"a token's place is outside the cache of {cache.keys.shape[1]} sequences of {cache.capacity} tokens; make it larger")
         assert not failed, f"mq_step returned {failed}"
-        return logits
+        return logits[:, :words]

@@ -8,13 +8,13 @@ namespace {
 // Best first.
 constexpr Isa ISAS[] = {
 #if defined(MQ_X86)
-    {"avx512", 16, linear_tiles_avx512},
-    {"avx2", 8, linear_tiles_avx2},
+    {"avx512", 16, linear_tiles_avx512, attend_over_chunk_avx512},
+    {"avx2", 8, linear_tiles_avx2, attend_over_chunk_avx2},
 #endif
 #if defined(MQ_ARM)
-    {"neon", 4, linear_tiles_neon},
+    {"neon", 4, linear_tiles_neon, attend_over_chunk_neon},
 #endif
-    {"scalar", 8, linear_tiles_scalar},
+    {"scalar", 8, linear_tiles_scalar, attend_over_chunk_scalar},
 };
 
 bool here(const std::string &name) {

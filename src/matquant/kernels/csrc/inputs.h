@@ -3,13 +3,15 @@
 #include <cstring>
 #include <vector>
 
+#include "attention.h"
 #include "layout.h"
 
-// An instruction set: what multiplies, and the rows of its tiles. Null where this machine or build lacks it.
+// An instruction set: what multiplies and attends, and the rows of its tiles. Null where this machine or build lacks it.
 struct Isa {
     const char *name;
     int64_t lanes;
     LinearTiles linear;
+    AttendOverChunk attend;
 };
 const Isa *find_isa(const char *name);
 bool holds(const mq_weight &w, int64_t bits);
@@ -23,6 +25,7 @@ struct Rounded {
 
     // For `m` rows of inputs of `w`; padding stays zero.
     void shape(const mq_weight &w, int64_t m, bool exact);
+    bool fits(const mq_weight &w) const { return group == w.group && groups == w.groups && padded_group == w.padded; }
     // Group `g` of a row from its `group` floats.
     void fill(int64_t row, int64_t g, const float *from);
 };

@@ -5,12 +5,16 @@
 
 #include "linear.inl"
 
+#include "attention.inl"
+
 namespace {
 
 struct Avx2 {
     static constexpr int L = 8, BYTES = 32;
     static constexpr bool IN_PLACE = false;  // sums of 16 bits
+    static constexpr bool NARROW = true; // Acc has sums of 16 bits
     static constexpr int TWO_TILES = 4;      // widths up to which two tiles at once are faster
+    static constexpr int ROWS = 1;          // that planes are unpacked for in registers
     using I = __m256i;
     using F = __m256;
     using Wide = __m256i;  // 8 sums of 32 bits
@@ -52,4 +56,8 @@ struct Avx2 {
 
 void linear_tiles_avx2(const mq_weight &w, int bits, const Inputs &x, const float *bias, float *y, int64_t first, int64_t last) {
     linear_tiles<Avx2>(w, bits, x, bias, y, first, last);
+}
+
+void attend_over_chunk_avx2(const float *const *q, int64_t n, const int64_t *counts, const float *keys, const float *values, const Heads &heads, float *const *to) {
+    attend_over_chunk<Avx2>(q, n, counts, keys, values, heads, to);
 }

@@ -5,12 +5,16 @@
 
 #include "linear.inl"
 
+#include "attention.inl"
+
 namespace {
 
 struct Avx512 {
     static constexpr int L = 16, BYTES = 64;
     static constexpr bool IN_PLACE = true;  // products of bytes up to 255, sums of 32 bits
+    static constexpr bool NARROW = false;   // Acc has sums of 32 bits
     static constexpr int TWO_TILES = 8;     // widths up to which two tiles at once are faster
+    static constexpr int ROWS = 8;          // that planes are unpacked for in registers
     using I = __m512i;
     using F = __m512;
     using Wide = __m512i;  // 16 sums of 32 bits
@@ -20,7 +24,7 @@ struct Avx512 {
     static I byte(int c) { return _mm512_set1_epi8(char(c)); }
     static I and_(I a, I b) { return _mm512_and_si512(a, b); }
     // a where MASK has ones, b elsewhere.
-    template <int MASK> static I select(I a, I b) { return _mm512_ternarylogic_epi32(byte(MASK), a, b, 0xCA); }
+    template <int MASK> static I select(I a, I b) { return _mm512_ternarylogic_epi32(a, b, byte(MASK), 0xE4); }
     static I add_bytes(I a, I b) { return _mm512_add_epi8(a, b); }
     static void put(uint8_t *p, I a) { _mm512_storeu_si512(p, a); }
     template <int N> static I shr(I a) { return _mm512_srli_epi16(a, N); }
@@ -52,4 +56,8 @@ struct Avx512 {
 
 void linear_tiles_avx512(const mq_weight &w, int bits, const Inputs &x, const float *bias, float *y, int64_t first, int64_t last) {
     linear_tiles<Avx512>(w, bits, x, bias, y, first, last);
+}
+
+void attend_over_chunk_avx512(const float *const *q, int64_t n, const int64_t *counts, const float *keys, const float *values, const Heads &heads, float *const *to) {
+    attend_over_chunk<Avx512>(q, n, counts, keys, values, heads, to);
 }

@@ -5,12 +5,16 @@
 
 #include "linear.inl"
 
+#include "attention.inl"
+
 namespace {
 
 struct Neon {
     static constexpr int L = 4, BYTES = 16;
     static constexpr bool IN_PLACE = false;  // bytes up to 127
+    static constexpr bool NARROW = false;   // Acc has sums of 32 bits
     static constexpr int TWO_TILES = 4;      // widths up to which two tiles at once are faster
+    static constexpr int ROWS = 1;          // that planes are unpacked for in registers
     using I = uint8x16_t;
     using F = float32x4_t;
     using Wide = int32x4_t;
@@ -52,4 +56,8 @@ struct Neon {
 
 void linear_tiles_neon(const mq_weight &w, int bits, const Inputs &x, const float *bias, float *y, int64_t first, int64_t last) {
     linear_tiles<Neon>(w, bits, x, bias, y, first, last);
+}
+
+void attend_over_chunk_neon(const float *const *q, int64_t n, const int64_t *counts, const float *keys, const float *values, const Heads &heads, float *const *to) {
+    attend_over_chunk<Neon>(q, n, counts, keys, values, heads, to);
 }

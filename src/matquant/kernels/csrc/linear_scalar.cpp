@@ -7,12 +7,16 @@
 #include "half.h"
 #include "linear.inl"
 
+#include "attention.inl"
+
 namespace {
 
 struct Scalar {
     static constexpr int L = 8, BYTES = 32;
     static constexpr bool IN_PLACE = true;
+    static constexpr bool NARROW = false;   // Acc has sums of 32 bits
     static constexpr int TWO_TILES = 0;
+    static constexpr int ROWS = 2;          // that planes are unpacked for in registers
     struct I { uint8_t v[BYTES]; };
     struct F { float v[L]; };
     struct Wide { int32_t v[L]; };
@@ -57,4 +61,8 @@ struct Scalar {
 
 void linear_tiles_scalar(const mq_weight &w, int bits, const Inputs &x, const float *bias, float *y, int64_t first, int64_t last) {
     linear_tiles<Scalar>(w, bits, x, bias, y, first, last);
+}
+
+void attend_over_chunk_scalar(const float *const *q, int64_t n, const int64_t *counts, const float *keys, const float *values, const Heads &heads, float *const *to) {
+    attend_over_chunk<Scalar>(q, n, counts, keys, values, heads, to);
 }

@@ -9,6 +9,8 @@
 #define MQ_CLONES
 #endif
 
+namespace {  // of every file that includes this: each is compiled for another instruction set, and the linker must not take one's code for the other's
+
 // e^x within 2e-7 of its size, without branches: 2^n e^f with n the integer nearest to x / ln 2, ln 2 in two parts, e^f by its series up to f^7.
 // Below -87 it is as at -87, where floats have nearly reached their least normal number; above 88 as at 88.
 inline float exp_of(float x) {
@@ -22,3 +24,5 @@ inline float exp_of(float x) {
 // x / (1 + e^-x), and x / 2 (1 + tanh(sqrt(2 / pi) (x + .044715 x^3))), which is x / (1 + e^-2 y) of that tanh's y.
 inline float silu(float x) { return x / (1 + exp_of(-x)); }
 inline float gelu(float x) { return x / (1 + exp_of(-1.5957691216f * (x + 0.044715f * x * x * x))); }
+
+}  // namespace

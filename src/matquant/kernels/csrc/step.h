@@ -30,9 +30,10 @@ struct mq_model {
     const mq_weight *head;
 };
 
-// x: embeddings [m][hidden]. bits: [layers][MQ_PARTS], then the head's. sequence, position: [m]. keys, values: [layers][sequences][kv_heads][capacity]
-// [head_size]. logits: [wanted][vocabulary] of the rows in `rows`. Returns as mq_linear; 3 for a position beyond the capacity.
+// x: embeddings [m][hidden]. bits: [layers][MQ_PARTS], then the head's. sequence, position: [m]. keys, values: attention.h, with the
+// capacity rounded up to whole chunks. logits: [wanted][vocabulary] of the rows in `rows`, and
+// of the first `words` of the vocabulary, or a few more; the others are left as they are. Returns as mq_linear; 3 for a position beyond the capacity.
 MQ_PUBLIC int mq_step(const mq_model *model, const uint8_t *bits, int64_t m, const float *x, const int32_t *sequence, const int32_t *position, float *keys,
-                      float *values, int64_t sequences, int64_t capacity, int64_t wanted, const int32_t *rows, float *logits, int64_t exact,
-                      int64_t threads, const char *isa);
+                      float *values, int64_t sequences, int64_t capacity, int64_t wanted, const int32_t *rows, int64_t words, float *logits,
+                      int64_t exact, int64_t threads, const char *isa);
 }
