@@ -208,17 +208,20 @@ def _plan_rows(found: dict[str, Any], budgets: list[float], cell: Callable[[dict
 
 
 def serving(model: str) -> str:
-    """Tokens a second of the engine and of llama.cpp, in alternation."""
+    """Tokens a second of the engine, of llama.cpp and of other packages, in alternation."""
     stored = _stored(model, "serving")
     setting, about, runs = stored["setting"], stored["machine"], stored["runs"]
     ours = {run["bits"]: run["median"] for run in runs.values() if run["words"] == "matquant"}
 
     def both(run: dict[str, Any], name: str) -> str:
-        return f"{run['median'][name]:.0f} ({run['best'][name]:.0f})" if name in run["median"] else ""
+        if name not in run["median"]:
+            return ""
+        pair = (run["median"][name], run["best"][name])
+        return "{} ({})".format(*(f"{rate:.0f}" if min(pair) >= 10 else f"{rate:.1f}" for rate in pair))
 
     def over(run: dict[str, Any], name: str) -> str:
-        theirs = run["words"].startswith("llama.cpp") and name in run["median"]
-        return f"{ours[run['bits']][name] / run['median'][name]:.2f}" if theirs else ""
+        theirs = not run["words"].startswith("matquant") and name in run["median"]
+        return f"{ours.get(run['bits'], ours[max(ours)])[name] / run['median'][name]:.2f}" if theirs else ""
 
     def read(run: dict[str, Any]) -> str:
         return f"{run['read_bytes'] * run['median']['decode'] / 1e9:.1f}" if run["words"] == "matquant" else ""
@@ -226,7 +229,7 @@ def serving(model: str) -> str:
     def accepted(run: dict[str, Any]) -> str:
         return f"{run['median']['acceptance']:.0%}" if "acceptance" in run["median"] else ""
 
-    order = sorted(runs.values(), key=lambda run: -run["bits"])
+    order = sorted(runs.values(), key=lambda run: (-run["bits"], not run["words"].startswith("matquant")))
     rows = [
         [
             str(run["bits"]),
@@ -244,8 +247,15 @@ def serving(model: str) -> str:
     return (
         f"    {stored['command']}\n\n{setting['name']}. {about['processor']}, {setting['threads']} threads, {about['isa']}. llama.cpp: {about['llama.cpp']}. Tokens a second: median (best) of "
         f"{setting['rounds']} rounds in alternation, prompts of {setting['prompt_tokens']} tokens, {setting['new_tokens']} new ones. A probe read "
-        f"{min(stored['probe_gb_s']):.0f} to {max(stored['probe_gb_s']):.0f} GB/s.\n\n" + markdown(head, rows)
+        f"{min(stored['probe_gb_s']):.0f} to {max(stored['probe_gb_s']):.0f} GB/s.{_packages(stored, max(ours))}\n\n" + markdown(head, rows)
     )
+
+
+def _packages(stored: dict[str, Any], widest: int) -> str:
+    """Versions of the packages beside llama.cpp, what float weights are compared with, and which packages are left out."""
+    versions = dict.fromkeys(f"{name} {number}" for own in stored["machine"].get("packages", {}).values() for name, number in own.items())
+    words = f" {', '.join(versions)}; ours at {widest} bits is what 32 and 16 bits are compared with." if versions else ""
+    return words + "".join(f" Left out: {name} ({reason})." for name, reason in stored.get("skipped", {}).items())
 
 
 def _stored(model: str, kind: str = "quality") -> dict[str, Any]:
