@@ -11,7 +11,8 @@ product for CPUs went with 0.18. The two engines that read files of their own fi
 
 Each process says what it is in one line of JSON when its model is loaded, then answers every line {"prompt": [tokens], "new": count} with
 {"decode": tokens a second, "prefill": ...}, timed as serving.py times ours: from the prompt to the first token, and behind one token to the last.
-All decode greedily one text, compute the head for the last position of a prompt only, and keep to the packages' own defaults but for what is said here.
+All decode greedily one text, compute the head, as narrow as the layers, for the last position of a prompt only, and keep to the packages' own defaults
+but for what is said here.
 """
 
 import json
@@ -153,9 +154,11 @@ def _make_openvino(folder: Path, dense: Path, bits: int) -> None:
     import nncf
     from openvino import Core, save_model
     from optimum.exporters.openvino import main_export
+    from optimum.intel.openvino import OVConfig
 
     whole = folder / "whole"
-    main_export(str(dense), whole, task="text-generation-with-past", convert_tokenizer=False)
+    floats = OVConfig(dtype="fp16")  # without a word about it, models of 1e9 weights and more are rounded to 8 bits
+    main_export(str(dense), whole, task="text-generation-with-past", convert_tokenizer=False, ov_config=floats)
     four = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": GROUP, "ratio": 1.0, "all_layers": True}
     model = nncf.compress_weights(Core().read_model(whole / "openvino_model.xml"), **(four if bits == 4 else {}))
     _head_of_the_last(model)

@@ -254,7 +254,7 @@ def serving(model: str) -> str:
 def _packages(stored: dict[str, Any], widest: int) -> str:
     """Versions of the packages beside llama.cpp, what float weights are compared with, and which packages are left out."""
     versions = dict.fromkeys(f"{name} {number}" for own in stored["machine"].get("packages", {}).values() for name, number in own.items())
-    words = f" {', '.join(versions)}; ours at {widest} bits is what 32 and 16 bits are compared with." if versions else ""
+    words = f" {', '.join(versions)}: heads as narrow as the layers; 32 and 16 bits are compared with ours at {widest}." if versions else ""
     return words + "".join(f" Left out: {name} ({reason})." for name, reason in stored.get("skipped", {}).items())
 
 
