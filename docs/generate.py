@@ -4,7 +4,7 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. N
 itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
 `matquant eval --json` prints them), `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
 benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py), `speed MODEL` (speed-MODEL.json, benchmarks/speed.py), `serving MODEL`
-(serving-MODEL.json, benchmarks/serving.py) or `plans MODEL` (plans-MODEL.json, benchmarks/plans.py).
+(serving-MODEL.json, benchmarks/serving.py), `drafts MODEL` (drafts-MODEL.json, benchmarks/drafts.py) or `plans MODEL` (plans-MODEL.json, benchmarks/plans.py).
 """
 
 import json
@@ -248,6 +248,28 @@ def serving(model: str) -> str:
     )
 
 
+def drafts(model: str) -> str:
+    """Self-speculation on several texts: speed-ups, acceptance, and what the text itself gave."""
+    stored = _stored(model, "drafts")
+    setting, about, rows = stored["setting"], stored["machine"], []
+    words = {"both": "from the text, else by {bits} bits", "text": "from the text alone", "read": "by {bits} bits alone, always"}
+    for text, runs in stored["texts"].items():
+        for run in runs.values():
+            if "source" not in run:
+                continue
+            accepted = f"{run['acceptance']:.0%}" if run["counts"]["drafted"] else ""
+            copied = f"{run['counts']['stood'] / run['counts']['made']:.0%}"
+            cells = [f"{run['median']:.2f}", accepted, copied, f"{run['tokens_per_pass']:.2f}"]
+            rows.append([_text(text), words[run["source"]].format(bits=run["bits"]), *cells])
+    head = ["text", "drafts", "times plain decoding at 8 bits", "accepted by width", "tokens copied", "tokens a pass"]
+    plain = ", ".join(f"{runs['plain']['median']:.0f} ({_text(text)})" for text, runs in stored["texts"].items())
+    return (
+        f"    {stored['command']}\n\n{setting['name']}. {about['processor']}, {setting['threads']} threads, {about['isa']}; {setting['count']} prompts of each text, "
+        f"{setting['new_tokens']} greedy tokens behind each, medians of {setting['rounds']} rounds in alternation. Plain decoding, tokens a second: {plain}.\n\n"
+        + markdown(head, rows)
+    )
+
+
 def _stored(model: str, kind: str = "quality") -> dict[str, Any]:
     return json.loads((REPO / "benchmarks" / "results" / f"{kind}-{model}.json").read_text())
 
@@ -346,7 +368,16 @@ def render(name: str) -> str:
     return {"exit codes": exit_codes, "results": results}[name]()
 
 
-PARTS = {"quality": quality, "ablation": ablation, "favor": favor, "peers": peers, "speed": speed, "serving": serving, "plans": plans}
+PARTS = {
+    "quality": quality,
+    "ablation": ablation,
+    "favor": favor,
+    "peers": peers,
+    "speed": speed,
+    "serving": serving,
+    "drafts": drafts,
+    "plans": plans,
+}
 
 
 def regenerate(text: str) -> str:

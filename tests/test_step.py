@@ -9,6 +9,7 @@ from torch import nn
 
 from matquant import llama
 from matquant.codes import Grid
+from matquant.errors import InputError
 from matquant.kernels import cpu
 from matquant.kernels.step import PARTS, Stepper
 
@@ -66,3 +67,12 @@ def test_attention_over_several_chunks(shape: str, isa: str) -> None:
         assert torch.equal(got, whole[own])
         at += count
     assert at == LENGTH
+
+
+def test_rows_that_are_not_there() -> None:
+    model = model_of(1, 1, 64)
+    stepper, zero = stepper_of(model, "scalar"), torch.zeros(2, dtype=torch.long)
+    arguments = stepper.widths([dict.fromkeys(PARTS, 8)] * 2), torch.zeros(2, 240), zero, torch.arange(2), stepper.cache(1, 2)
+    assert stepper.step(*arguments, torch.tensor([1, 1, 0])).shape == (3, 128)
+    with pytest.raises(InputError, match=r"rows are \[0, 2\], and there are 2; choose from 0 to 1"):
+        stepper.step(*arguments, torch.tensor([0, 2]))

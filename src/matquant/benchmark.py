@@ -48,13 +48,15 @@ class Width:
 
 @dataclass(frozen=True)
 class Draft:
-    """Self-speculation. decode: tokens a second; speedup: over plain decoding at `bits`; acceptance: share of drafted tokens."""
+    """Self-speculation. decode: tokens a second; speedup: over plain decoding at `bits`; acceptance: share of the tokens drafted at draft_bits; repeated:
+    share of all tokens that were drafted from the text itself."""
 
     bits: int
     draft_bits: int
     decode: float
     speedup: float
     acceptance: float
+    repeated: float
     tokens_per_pass: float
 
 
@@ -128,7 +130,8 @@ def measure(folder: Path, setting: Setting, progress: Callable[[str, int, int], 
     )
     widest = max(setting.widths)
     drafts = tuple(
-        Draft(widest, bits, rate := median(rates), rate / decode[widest], done.acceptance, done.per_pass) for bits, (rates, done) in drafted.items()
+        Draft(widest, bits, rate := median(rates), rate / decode[widest], done.acceptance, done.repeated, done.per_pass)
+        for bits, (rates, done) in drafted.items()
     )
     counts = (setting.prompt_tokens, setting.new_tokens, setting.repeats, setting.head_bits)
     overhead = _overhead(engine, decode, latency)

@@ -52,6 +52,11 @@ class Speculation:
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
+    def repeated(self) -> float:
+        """Share of all tokens that were copied from the text itself and stood."""
+        return self.stood / self.made if self.made else 0.0
+
+    @property
     def per_pass(self) -> float:
         """Tokens that a pass of the verifier led to."""
         return self.made / self.passes if self.passes else 0.0

@@ -79,10 +79,17 @@ def tell(found: "Benchmark") -> None:
     show.draw(Table(["bits", "decode tokens/s", "prefill tokens/s", "GB/s of weights", "of bandwidth", "peak memory"], rows))
     if found.drafts:
         lines = [
-            [f"{row.bits} by {row.draft_bits}", f"{row.decode:.1f}", f"{row.speedup:.2f}", f"{row.acceptance:.0%}", f"{row.tokens_per_pass:.2f}"]
+            [
+                f"{row.bits} by {row.draft_bits}",
+                f"{row.decode:.1f}",
+                f"{row.speedup:.2f}",
+                f"{row.acceptance:.0%}",
+                f"{row.repeated:.0%}",
+                f"{row.tokens_per_pass:.2f}",
+            ]
             for row in found.drafts
         ]
-        show.draw(Table(["drafted", "decode tokens/s", "speed-up", "accepted", "tokens/pass"], lines))
+        show.draw(Table(["drafted", "decode tokens/s", "speed-up", "accepted", "copied", "tokens/pass"], lines))
     counts = f"{found.prompt_tokens} tokens of prompt, {found.new_tokens} new ones, medians of {found.repeats}"
     show.say(
         f"{found.threads} threads, {found.isa}; {counts}; the head at {found.head_bits} bits",

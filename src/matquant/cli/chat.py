@@ -165,7 +165,8 @@ class Chat:
             f"last reply: {behind} tokens read, {made} written, {made / seconds if seconds else 0:.1f} tokens/s",
         ]
         if self.draft is not None:
-            lines.append(drafting(self.draft, engine.speculation.acceptance, engine.speculation.per_pass))
+            done = engine.speculation
+            lines.append(drafting(self.draft, done.acceptance, done.repeated, done.per_pass))
         return "".join(f"{line}\n" for line in lines)
 
 

@@ -127,12 +127,15 @@ def completion(result: Completion, as_json: bool) -> None:
     rate = f", {result.tokens / result.seconds:.1f} tokens/s" if result.seconds else ""
     sys.stderr.write(f"{result.bits} bits: {result.tokens} tokens in {result.seconds:.1f} s{rate}\n")
     if result.draft_bits is not None:
-        sys.stderr.write(drafting(result.draft_bits, result.acceptance, result.tokens_per_pass) + "\n")
+        sys.stderr.write(drafting(result.draft_bits, result.acceptance, result.repeated, result.tokens_per_pass) + "\n")
 
 
-def drafting(bits: int, acceptance: float | None, per_pass: float | None) -> str:
+def drafting(bits: int, acceptance: float | None, repeated: float | None, per_pass: float | None) -> str:
     """What drafting brought, in words."""
-    return f"drafted at {bits} bits: {acceptance or 0:.0%} accepted, {per_pass or 0:.2f} tokens a pass of the verifier"
+    return (
+        f"drafted at {bits} bits: {acceptance or 0:.0%} accepted, {repeated or 0:.0%} of the text copied from itself, "
+        f"{per_pass or 0:.2f} tokens a pass of the verifier"
+    )
 
 
 def facts(found: Mapping[str, Any], as_json: bool) -> None:
