@@ -1,10 +1,10 @@
 """A checkpoint of a Llama shape with random codes, for measuring speed and memory: written tensor by tensor, quantized from nothing.
 
     python benchmarks/random_checkpoint.py OUT [--shape tinyllama | --shape HIDDEN,INNER,LAYERS,HEADS,KV_HEADS,VOCABULARY]
-        [--tied] [--group-size 64] [--seed 0]
+        [--tied] [--group-size 64] [--seed 0] [--dense]
 
 Codes are uniform and scales such that every layer keeps the size of its inputs, so activations stay finite; reads of narrow widths are those of the codes
-(refits that change nothing). There is no tokenizer.
+(refits that change nothing). --dense: an ordinary folder of bfloat16 weights of that shape as transformers draws them, for other engines. There is no tokenizer.
 """
 
 import argparse
@@ -109,6 +109,13 @@ def write_random(out: Path, model: Llama, group_size: int, seed: int) -> None:
     write(out, Tensors(model, recipe, seed), config, {}, max_shard_bytes=SHARD)
 
 
+def write_dense(out: Path, model: Llama, seed: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig.from_dict(model.config())).bfloat16().save_pretrained(out)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -116,9 +123,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dense", action="store_true")
     given = parser.parse_args(arguments)
     model = Llama(*map(int, SHAPES.get(given.shape, given.shape).split(",")), tied=given.tied)
-    write_random(given.out, model, given.group_size, given.seed)
+    if given.dense:
+        write_dense(given.out, model, given.seed)
+    else:
+        write_random(given.out, model, given.group_size, given.seed)
     print(f"written to {given.out}")
 
 

@@ -6,10 +6,12 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -32,7 +34,8 @@ def load_generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("generate_docs", REPO / "docs" / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with patch.object(sys, "path", [str(REPO / "docs"), *sys.path]):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -100,6 +103,32 @@ def test_generated_parts_are_up_to_date(name: str) -> None:
     text = (REPO / name).read_text()
     assert "<!-- generated:" in text
     assert load_generator().regenerate(text) == text, f"{name} is out of date; run `make docs`"
+
+
+def test_other_packages_are_compared_at_their_width_or_with_our_widest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(bits: int, words: str, rate: float) -> dict[str, Any]:
+        rates = {"decode": rate, "prefill": rate}
+        return {"bits": bits, "words": words, "read_bytes": 1, "median": rates, "best": rates}
+
+    runs = {"a": run(8, "matquant", 20), "b": run(4, "matquant", 40), "c": run(4, "OpenVINO", 16), "d": run(16, "torch", 8)}
+    stored = {
+        "setting": {"name": "", "threads": 2, "rounds": 1, "prompt_tokens": 8, "new_tokens": 4},
+        "command": "",
+        "probe_gb_s": [1.0],
+        "runs": runs,
+    }
+    machine = {"processor": "", "isa": "", "llama.cpp": "", "packages": {"openvino-4": {"openvino": "1.2"}}}
+    serving = load_generator().serving
+    monkeypatch.setitem(serving.__globals__, "load", lambda model, kind: stored | {"machine": machine, "skipped": {"torchao-4": "not there"}})
+    text = serving("any")
+    shown = [[cell.strip() for cell in line.split("|")[1:5]] for line in text.splitlines() if line.startswith("| ")][2:]
+    assert shown == [
+        ["16", "torch", "8.0 (8.0)", "2.50"],
+        ["8", "matquant", "20 (20)", ""],
+        ["4", "matquant", "40 (40)", ""],
+        ["4", "OpenVINO", "16 (16)", "2.50"],
+    ]
+    assert "openvino 1.2" in text and "torchao-4 (not there)" in text
 
 
 def test_the_manual_has_every_command_and_every_recipe_flag() -> None:

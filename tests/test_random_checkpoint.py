@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from matquant import checkpoint
 from matquant.engine import Engine
@@ -41,3 +42,12 @@ def test_equal_arguments_give_equal_bytes(script: ModuleType, tmp_path: Path) ->
     for name in ("a", "b"):
         script.write_random(tmp_path / name, script.Llama(32, 64, 1, 2, 1, 40), 32, seed=5)
     assert (tmp_path / "a" / "MANIFEST.json").read_bytes() == (tmp_path / "b" / "MANIFEST.json").read_bytes()
+
+
+def test_a_dense_folder_has_the_same_shape(script: ModuleType, tmp_path: Path) -> None:
+    script.main([str(tmp_path), "--shape", "60,100,2,3,1,50", "--tied", "--dense"])
+    wanted = script.Llama(60, 100, 2, 3, 1, 50, tied=True)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    assert found == wanted.base | {f"{name}.weight": (shape.out, shape.in_features) for name, shape in wanted.modules.items()}
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
