@@ -230,7 +230,9 @@ class Session:
             if token in stop:
                 return
 
-    def read(self, ids: Sequence[int], start: int, plan: BitPlan | None = None, last: int = 1, words: int | None = None) -> Float[Tensor, "last words"]:
+    def read(
+        self, ids: Sequence[int], start: int, plan: BitPlan | None = None, last: int = 1, words: int | None = None
+    ) -> Float[Tensor, "last words"]:
         """Logits of the last tokens of `ids`, whose first has position `start`; of the first `words` of the vocabulary. None: as Engine.step."""
         found: list[Tensor] = []
         for at in range(0, len(ids), PREFILL):

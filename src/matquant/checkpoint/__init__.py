@@ -3,6 +3,7 @@
 files.py      bounded reads, safe names, sha256, MANIFEST.json
 format.py     what stands in a version 1 checkpoint: config keys, tensor names, shapes, dtypes, allowed values
 writing.py    module_tensors, quantization_config, write
+opening.py    what headers and JSON tell: files, planes, shapes
 reading.py    Checkpoint: headers first, tensors on demand
 choosing.py   which widths to read and to hold
 checking.py   verify and describe
