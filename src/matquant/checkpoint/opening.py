@@ -95,19 +95,19 @@ def _check_names(path: Path, names: Iterable[str], index: Mapping[str, str]) -> 
 def planes_here(spec: Spec, index: Mapping[str, str], need: Mapping[str, int], missing: tuple[str, ...]) -> int:
     """Leading planes of every module that are here. Raises CheckpointError if planes 0-1, or tensors of one module only, are missing."""
     declared = max(2, *need.values())
-    if lost := missing_of(need, spec.layout, spec.inputs, declared):
+    if lost := missing_of(need, spec, declared):
         raise CheckpointError(f"tensor {lost[0]!r} is missing ({len(lost)} missing in all); every module must have the same planes and refits")
     here = {name: n for name, n in need.items() if index[name] not in missing}
     if gone := [name for name, n in need.items() if n <= 2 and name not in here]:
         raise CheckpointError(f"{index[gone[0]]} is missing, which holds {gone[0]!r}; no width can be read without it, fetch it")
     planes = 2
-    while planes < declared and not missing_of(here, spec.layout, spec.inputs, planes + 1):
+    while planes < declared and not missing_of(here, spec, planes + 1):
         planes += 1
     return planes
 
 
 def shapes_of(spec: Spec, index: Mapping[str, str], need: Mapping[str, int], handles: Mapping[str, Any]) -> dict[str, Shape]:
-    """The shape of every module, each header entry held against config.json. Raises CheckpointError."""
+    """The shape of every module and table, each header entry held against config.json. Raises CheckpointError."""
     by_module: dict[str, list[str]] = {name: [] for name in spec.inputs}
     for tensor, n in need.items():
         if n and index[tensor] in handles:
@@ -119,7 +119,7 @@ def shapes_of(spec: Spec, index: Mapping[str, str], need: Mapping[str, int], han
         found = header[f"{name}.weight"].get_shape()
         shape = Shape(found[1] if len(found) == 3 else 0, spec.inputs[name])
         for tensor, entry in header.items():
-            wanted = expected(tensor[len(name) + 1 :], shape, spec.layout)
+            wanted = expected(tensor[len(name) + 1 :], shape, spec.tables.get(name, spec.layout))
             actual = (entry.get_dtype(), list(entry.get_shape()))
             if actual != wanted or shape.out < 1:
                 raise CheckpointError(

@@ -19,20 +19,23 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from matquant.checkpoint.files import CONFIG, MANIFEST, Manifest, locate, present, walk
-from matquant.checkpoint.format import STORED, needs, parse_config, value_problem
+from matquant.checkpoint.format import BASE, STORED, needs, parse_config, value_problem
 from matquant.checkpoint.opening import check_recipe, open_files, planes_here, read_json, shapes_of
 from matquant.codes import planes_needed
 from matquant.errors import CheckpointError, InputError, MatquantError, MissingPlanesError, PlanError, choices
 from matquant.packing import unpack_planes
-from matquant.plan import Layout, Shape
+from matquant.plan import Layout, Shape, Table
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight, Refit
+
+UNSAID: dict[str, Any] = {"head_bits": 0}  # what a recipe meant that was written before it could say so
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened folder. planes: how many leading planes of every module are here. missing: weight files that are not.
 
+    tables: embeddings and heads that are stored quantized; no part of any plan.
     index: tensor -> file, of the whole checkpoint. manifest: None if there is none, or under checksums=False.
     """
 
@@ -40,6 +43,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     layout: Layout
     modules: Mapping[str, Shape]
+    tables: Mapping[str, Table]
     planes: int
     bits: int
     not_converted: tuple[str, ...]
@@ -68,11 +72,15 @@ class Checkpoint:
         spec = parse_config(config, str(folder / CONFIG))
         check_recipe(config["quantization_config"], str(folder / CONFIG))
         index, handles = open_files(folder, manifest)
-        need = needs(index, spec.layout, spec.inputs)
+        need = needs(index, spec)
         missing = tuple(sorted(set(index.values()) - set(handles)))
         planes = planes_here(spec, index, need, missing)
-        modules = shapes_of(spec, index, need, handles)
-        return Checkpoint(folder, config, spec.layout, modules, planes, spec.bits, spec.not_converted, index, missing, manifest, need, handles, set())
+        shapes = shapes_of(spec, index, need, handles)
+        modules = {name: shapes[name] for name in spec.modules}
+        tables = {name: Table(shapes[name], layout) for name, layout in spec.tables.items()}
+        return Checkpoint(
+            folder, config, spec.layout, modules, tables, planes, spec.bits, spec.not_converted, index, missing, manifest, need, handles, set()
+        )
 
     # --- what is offered ------------------------------------------------------------------------------------------
 
@@ -85,7 +93,7 @@ class Checkpoint:
     def recipe(self) -> Recipe:
         """How it was made. Raises CheckpointError if config.json has no recipe, or one of another matquant."""
         try:
-            return Recipe.from_dict(self.config["quantization_config"]["recipe"])
+            return Recipe.from_dict(UNSAID | self.config["quantization_config"]["recipe"])
         except (KeyError, MatquantError, ArithmeticError) as error:
             raise CheckpointError(f"{self.folder / CONFIG} has no recipe that this matquant understands: {error}") from None
 
@@ -124,21 +132,36 @@ class Checkpoint:
             wanted = (bits,) if isinstance(bits, int) else bits
             self.check_widths(*wanted)
             planes, refits = self._planes_for(max(wanted)), [r for r in self.layout.refit_widths if r in wanted]
-        return nested_weight(lambda suffix: self._value(name, suffix), self.layout, self.modules[name].in_features, planes, refits)
+        return nested_weight(lambda suffix: self.value(name, suffix), self.layout, self.modules[name].in_features, planes, refits)
+
+    def table(self, name: str) -> NestedWeight:
+        """A table, read at its own width only. Raises CheckpointError."""
+        found = self.tables[name]
+        return nested_weight(lambda suffix: self.value(name, suffix), found.layout, found.shape.in_features, found.bits, ())
 
     @property
     def base(self) -> "BaseTensors":
-        """Lazy: the tensors that are not quantized."""
+        """Lazy: the tensors of no module and no table."""
         return BaseTensors(self)
 
     @property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that are not quantized, from the headers."""
+        """Their shapes, from the headers."""
         return {name: tuple(self._handles[self.index[name]].get_slice(name).get_shape()) for name in self.base}
 
     @property
+    def other_weights(self) -> int:
+        """Numbers of the model outside of its modules."""
+        return sum(map(prod, self.base_shapes.values())) + sum(table.shape.weights for table in self.tables.values())
+
+    @property
+    def other_bytes(self) -> int:
+        """What they take, tables as they are stored."""
+        return self.base_bytes + sum(table.stored_bytes for table in self.tables.values())
+
+    @property
     def base_bytes(self) -> int:
-        """Of the tensors that are not quantized, from the headers."""
+        """Their bytes, from the headers."""
         slices = {name: self._handles[self.index[name]].get_slice(name) for name in self.base}
         return sum(prod(found.get_shape()) * STORED[found.get_dtype()].itemsize for found in slices.values())
 
@@ -184,11 +207,16 @@ class Checkpoint:
 
     def problem(self, name: str, suffix: str) -> str | None:
         """What is wrong with the values of NAME.suffix; None if nothing is."""
-        return value_problem(suffix, self.tensor(f"{name}.{suffix}"), self.modules[name].in_features, self.layout)
+        return self._problem(name, suffix, self.tensor(f"{name}.{suffix}"))
 
-    def _value(self, name: str, suffix: str) -> Tensor:
+    def _problem(self, name: str, suffix: str, tensor: Tensor) -> str | None:
+        of = self.tables.get(name) or Table(self.modules[name], self.layout)
+        return value_problem(suffix, tensor, of.shape.in_features, of.layout)
+
+    def value(self, name: str, suffix: str) -> Tensor:
+        """One tensor of a module or table as a copy, its values checked. Raises as `tensor`."""
         tensor = self.rows(f"{name}.{suffix}")
-        if problem := value_problem(suffix, tensor, self.modules[name].in_features, self.layout):
+        if problem := self._problem(name, suffix, tensor):
             raise CheckpointError(f"{self.folder}: {name}.{suffix} {problem}; the checkpoint is damaged, fetch it again")
         return tensor
 
@@ -253,7 +281,7 @@ class BaseTensors(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._names = dict.fromkeys(sorted(name for name, need in checkpoint._needs.items() if need == 0))
+        self._names = dict.fromkeys(sorted(name for name, need in checkpoint._needs.items() if need == BASE))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
