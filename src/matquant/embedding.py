@@ -25,6 +25,10 @@ class NestedHead(NestedLinear):
     def __init__(self, table: Table, bias: nn.Parameter | None = None, device: torch.device | str | None = None) -> None:
         super().__init__(table.shape, table.layout, bias=bias, device=device)
 
+    def evict(self, bits: int) -> int:
+        """Nothing: all of it is read, whatever the layers are read at."""
+        return 0
+
 
 class NestedEmbedding(NestedHead):
     """An embedding of rows in planes. old: the module that it stands for, which loses its weight and gets, at each look-up, the rows that were asked for.

@@ -272,6 +272,11 @@ class Recipe:
         return Recipe(**{name: _coerce(name, value, getattr(default, name)) for name, value in data.items()})
 
     @staticmethod
+    def of_record(data: Mapping[str, Any]) -> "Recipe":
+        """The recipe of a finished run. What it could not say yet is what was done then, and no default of today. Raises RecipeError."""
+        return Recipe.from_dict({"head_bits": 0, **data})
+
+    @staticmethod
     def load(path: Path) -> "Recipe":
         """Read a YAML or JSON recipe. Raises RecipeError."""
         try:

@@ -28,8 +28,6 @@ from matquant.plan import Layout, Shape, Table
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight, Refit
 
-UNSAID: dict[str, Any] = {"head_bits": 0}  # what a recipe meant that was written before it could say so
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -93,7 +91,7 @@ class Checkpoint:
     def recipe(self) -> Recipe:
         """How it was made. Raises CheckpointError if config.json has no recipe, or one of another matquant."""
         try:
-            return Recipe.from_dict(UNSAID | self.config["quantization_config"]["recipe"])
+            return Recipe.of_record(self.config["quantization_config"]["recipe"])
         except (KeyError, MatquantError, ArithmeticError) as error:
             raise CheckpointError(f"{self.folder / CONFIG} has no recipe that this matquant understands: {error}") from None
 
