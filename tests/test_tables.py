@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import matquant
 from matquant import hf, models, pipeline, tables
 from matquant.checkpoint import Checkpoint, describe, verify
+from matquant.cli import main
 from matquant.codes import Grid, fit_grid, nearest_code
 from matquant.embedding import NestedEmbedding, NestedHead, TiedHead
 from matquant.engine import Engine
@@ -130,6 +131,29 @@ def test_head_bits_of_the_engine_are_for_heads_that_are_not_stored(made: Make) -
     assert Engine.open(made("llama-tied", head_bits=4), 8, head_bits=4).stepper.head.widths == (4,)
     with pytest.raises(InputError, match="head_bits is 8, but .* stores its head at 4 bits; leave head_bits out, or quantize with --head-bits 8"):
         Engine.open(made("llama-tied", head_bits=4), 8, head_bits=8)
+
+
+def test_on_the_command_line(made: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(made("llama-tied", head_bits=4))
+    assert main(["inspect", folder]) == 0
+    assert (
+        "table model.embed_tokens: 258 x 64 at 4 bits, groups of 32, 9.8 kB; read so at every width\nnot quantized: nothing"
+        in capsys.readouterr().out
+    )
+    assert main(["inspect", folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tables"] == {EMBEDDING: {"shape": [258, 64], "bits": 4, "group_size": 32}}
+    assert main(["generate", folder, "1 squared", "--bits", "3", "--max-new-tokens", "2", "--head-bits", "8"]) == 3
+    assert "head_bits is 8" in capsys.readouterr().err
+    assert main(["bench", folder, "--bits", "2", "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "--no-memory", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["head_bits"] == 4
+
+
+def test_the_card_says_so(made: Make) -> None:
+    line = "output head and embeddings rounded to nearest at 4 bits, whatever the width of the layers"
+    assert (
+        line in (made("llama-tied", head_bits=4) / "README.md").read_text()
+        and line[:40] not in (made("llama", head_bits=0) / "README.md").read_text()
+    )
 
 
 # --- which, and how large -------------------------------------------------------------------------------------------
