@@ -10,8 +10,6 @@ from runs import FAST, Tiny
 from torch import Tensor
 
 import matquant
-from matquant import llama
-from matquant.codes import Grid
 from matquant.engine import Engine
 from matquant.errors import InputError, PlanError, UnservedError
 from matquant.pipeline import RunOptions, quantize
@@ -44,11 +42,9 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[
 
 
 def of_transformers(folder: Path, bits: int | BitPlan) -> Tensor:
-    """Logits with a head as the engine's, rounded to 8 bits."""
     model = matquant.from_pretrained(folder, bits, keep=8).eval()
-    head = llama.rounded(model.get_output_embeddings().weight.data, Grid(8, 64, symmetric=False, overlap=False))
     with torch.inference_mode():
-        return model.base_model(torch.tensor([IDS])).last_hidden_state[0] @ head.read(8).dense().T
+        return model(torch.tensor([IDS])).logits[0]
 
 
 @pytest.mark.parametrize("kind", SERVED)

@@ -104,7 +104,7 @@ class Setting:
     new_tokens: int = 32
     repeats: int = 3
     threads: int | None = None
-    head_bits: int = 8
+    head_bits: int | None = None
     memory: bool = True
 
 
@@ -133,7 +133,7 @@ def measure(folder: Path, setting: Setting, progress: Callable[[str, int, int], 
         Draft(widest, bits, rate := median(rates), rate / decode[widest], done.acceptance, done.repeated, done.per_pass)
         for bits, (rates, done) in drafted.items()
     )
-    counts = (setting.prompt_tokens, setting.new_tokens, setting.repeats, setting.head_bits)
+    counts = (setting.prompt_tokens, setting.new_tokens, setting.repeats, engine.stepper.head.widths[0])
     overhead = _overhead(engine, decode, latency)
     return Benchmark(folder.resolve().name, engine.stepper.head.isa, threads, *counts, gb_s, widths, drafts, latency, overhead)
 
@@ -267,7 +267,7 @@ print(json.dumps([own_peak(), made]))
 """
 
 
-def peak_memory(folder: Path, bits: int, prompt: int, new: int, threads: int, head_bits: int = 8) -> int | None:
+def peak_memory(folder: Path, bits: int, prompt: int, new: int, threads: int, head_bits: int | None = None) -> int | None:
     """Most bytes resident of a process that opens the checkpoint at one width and continues a prompt; None where the system does not tell."""
     arguments = json.dumps([str(folder), bits, prompt, new, threads, head_bits])
     done = subprocess.run(

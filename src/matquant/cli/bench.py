@@ -22,7 +22,7 @@ def bench(
     new_tokens: int = typer.Option(32, min=2, help="tokens to add"),
     repeats: int = typer.Option(3, min=1, help="measurements of each number; medians are shown"),
     threads: int | None = THREADS,
-    head_bits: int = HEAD,
+    head_bits: int | None = HEAD,
     memory: bool = typer.Option(True, "--memory/--no-memory", help="measure peak memory too: a process for each width"),
     plot: Path | None = typer.Option(None, metavar="FILE", help="draw tokens/s by width as FILE.svg or FILE.png", show_default=False),
     as_json: bool = JSON,

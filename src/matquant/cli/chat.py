@@ -32,7 +32,7 @@ def chat(
     temperature: float = typer.Option(0.7, min=0.0, help="0 = greedy"),
     seed: int = typer.Option(0, help="of sampling"),
     threads: int | None = THREADS,
-    head_bits: int = HEAD,
+    head_bits: int | None = HEAD,
 ) -> None:
     """Talk with a model, at widths that may change from turn to turn."""
     from matquant.cli import run, show, writing

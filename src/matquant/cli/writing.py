@@ -49,7 +49,7 @@ class Where:
     device: str
     dtype: str
     threads: int | None
-    head_bits: int
+    head_bits: int | None
 
 
 @dataclass(frozen=True)
