@@ -76,7 +76,7 @@ VARIANTS = {
 
 def recipes(variant: Variant, common: dict[str, Any], tokens: int) -> list[Recipe]:
     """One recipe, or one a width. A tuning takes its share of the tokens for each width that has a read of its own."""
-    settings = common | variant.settings | {"train_tokens": tokens}
+    settings = {"head_bits": 0} | common | variant.settings | {"train_tokens": tokens}
     if settings.get("finetune_reads"):
         settings["finetune_reads"] = tokens
     if not variant.dedicated:

@@ -42,7 +42,8 @@ from quality import machine
 from serving_peers import PACKAGES
 
 from matquant.benchmark import bandwidth, prompt_of, times_of
-from matquant.engine import Engine, Speculation
+from matquant.engine import Engine
+from matquant.speculation import Speculation
 
 Rates = dict[str, float]  # tokens a second of "decode" and of "prefill", and a share of "acceptance"
 

@@ -4,32 +4,27 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. N
 itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
 `matquant eval --json` prints them), `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
 benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py), `speed MODEL` (speed-MODEL.json, benchmarks/speed.py), `serving MODEL`
-(serving-MODEL.json, benchmarks/serving.py) or `plans MODEL` (plans-MODEL.json, benchmarks/plans.py).
+(serving-MODEL.json, benchmarks/serving.py), `drafts MODEL` (drafts-MODEL.json, benchmarks/drafts.py) or `plans MODEL` (plans-MODEL.json, benchmarks/plans.py).
 """
 
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import typer
+from speeds import drafts, serving, speed
+from tables import REPO, counts, load, markdown, name_of
 
 from matquant import errors
 from matquant.cli import BUG, INTERRUPTED, application
 from matquant.evaluate import Row
 from matquant.report import quality_rows
 
-REPO = Path(__file__).resolve().parent.parent
 FILES = ("README.md", "docs/CLI.md", "docs/RESULTS.md")
 RESULTS = REPO / "benchmarks" / "results" / "readme.json"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
-
-
-def markdown(headers: list[str], rows: list[list[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def flags(command: str) -> str:
@@ -84,20 +79,20 @@ FAVOR_ORDER = ("all-streams", "favor-2", "favor-4", "favor-8")
 
 def quality(model: str) -> str:
     """KL, perplexity, top-1 and bits per weight of every method at every width and text, with the command and the setting."""
-    stored = _stored(model)
+    stored = load(model)
     setting, runs = stored["setting"], _variants(stored)
     commands = dict.fromkeys(run["command"] for key, run in stored["runs"].items() if key.partition("/")[0] in QUALITY_ORDER)
     torch_version = next(iter(stored["runs"].values()))["machine"]["versions"]["torch"]
     original = ", ".join(f"{value:.2f} on {text}" for text, value in stored["original"].items())
     parts = [
         "\n".join(f"    {command}" for command in commands)
-        + f"\n\nGroups of {setting['group_size']}. Calibrated on {_counts(setting['train'])} of {_text(setting['calibration'])}, "
-        f"measured on {_counts(setting['held_out'])} of each text. Perplexity of the original: {original}. "
+        + f"\n\nGroups of {setting['group_size']}. Calibrated on {counts(setting['train'])} of {name_of(setting['calibration'])}, "
+        f"measured on {counts(setting['held_out'])} of each text. Perplexity of the original: {original}. "
         f"torch {torch_version}, float32. Where there are several seeds (calibration sequences): mean ± half the spread.\n"
     ]
     for text in stored["original"]:
         for title, key, words in MEASURES:
-            parts.append(f"{title}, {_text(text)}:\n\n{_table(runs, QUALITY_ORDER, text, key, words)}")
+            parts.append(f"{title}, {name_of(text)}:\n\n{_table(runs, QUALITY_ORDER, text, key, words)}")
     parts.append(f"bits per weight, metadata included:\n\n{_table(runs, QUALITY_ORDER, next(iter(stored['original'])), 'bits_per_weight', _bits)}")
     if "gptq" in runs:
         parts.append(f"KL over that of classic GPTQ dedicated to the width (mean over seeds and texts):\n\n{_ratios(runs, list(stored['original']))}")
@@ -115,14 +110,14 @@ def favor(model: str) -> str:
 
 
 def _first_seed(model: str, order: Sequence[str]) -> str:
-    stored = _stored(model)
+    stored = load(model)
     runs = {key: run for key, run in stored["runs"].items() if key.endswith("/0")}
     return _table(_variants({"runs": runs}), order, next(iter(stored["original"])), "kl", _kl)
 
 
 def peers(model: str) -> str:
     """KL and bits per weight of other packages' checkpoints, and of ours on the same tokens."""
-    theirs, ours = _stored(model, "peers"), _stored(model)
+    theirs, ours = load(model, "peers"), load(model)
     for key in ("group_size", "train", "held_out"):
         assert theirs["setting"][key] == ours["setting"][key], key
     runs = theirs["runs"]
@@ -131,26 +126,10 @@ def peers(model: str) -> str:
     kept = {key: run for key, run in ours["runs"].items() if key in ("gptq/0", "nested/0", "block/0")}
     shown = _variants({"runs": {**kept, **runs}})
     order = ("gptq", *sorted(key.partition("/")[0] for key in runs), "nested", "block")
-    parts = [f"{', '.join(versions)}. Same {_counts(ours['setting']['train'])} to calibrate on as ours, groups of {ours['setting']['group_size']}.\n"]
-    parts += [f"KL to the original, {_text(text)}:\n\n{_table(shown, order, text, 'kl', _kl)}" for text in texts]
+    parts = [f"{', '.join(versions)}. Same {counts(ours['setting']['train'])} to calibrate on as ours, groups of {ours['setting']['group_size']}.\n"]
+    parts += [f"KL to the original, {name_of(text)}:\n\n{_table(shown, order, text, 'kl', _kl)}" for text in texts]
     parts.append(f"bits per weight, metadata included:\n\n{_table(shown, order, texts[0], 'bits_per_weight', _bits)}")
     return "\n".join(parts)
-
-
-def speed(model: str) -> str:
-    """Seconds of quantizing a model's first blocks, part by part."""
-    stored = _stored(model, "speed")
-    setting, rows = stored["setting"], stored["rows"]
-    base = next(row for row in rows if row["variant"] == "classic")["seconds"]["total"]
-    parts = list(dict.fromkeys(part for row in rows for part in row["seconds"] if part != "total"))
-    table = [[row["words"], *(f"{row['seconds'].get(part, 0.0):.1f}" for part in parts)] for row in rows]
-    for line, row in zip(table, rows, strict=True):
-        line += [f"{row['seconds']['total']:.1f}", f"{row['seconds']['total'] / base:.2f}"]
-    return (
-        f"    {stored['command']}\n\nSeconds, blocks: {setting['blocks']}, groups of {setting['group_size']}, {_counts([setting['num_samples'], setting['seq_len']])}, "
-        f"{stored['machine']['threads']} threads, torch {stored['machine']['versions']['torch']}, float32.\n\n"
-        + markdown(["", *parts, "total", "of classic"], table)
-    )
 
 
 PLAN_SOLVERS = {
@@ -171,14 +150,14 @@ PLAN_SOLVERS = {
 
 def plans(model: str) -> str:
     """KL of every solver's plan at every budget, uniform widths, and what measuring and solving took."""
-    stored = _stored(model, "plans")
+    stored = load(model, "plans")
     setting, found, uniform = stored["setting"], stored["plans"], stored["uniform"]
     budgets = sorted({entry["budget"] for entry in found.values()})
     commands = dict.fromkeys(step["command"] for step in stored["steps"].values())
     parts = [
         "\n".join(f"    {command}" for command in commands)
-        + f"\n\n{stored['units']} units. Measured on {_counts([setting['num_samples'], setting['seq_len']])} of {setting['train']}, evolution on "
-        f"{_counts([setting['search_samples'], setting['seq_len']])} of it; KL to the original on {_counts([setting['score_samples'], setting['score_len']])} of each text below, which no solver saw.\n"
+        + f"\n\n{stored['units']} units. Measured on {counts([setting['num_samples'], setting['seq_len']])} of {setting['train']}, evolution on "
+        f"{counts([setting['search_samples'], setting['seq_len']])} of it; KL to the original on {counts([setting['score_samples'], setting['score_len']])} of each text below, which no solver saw.\n"
     ]
     for text in setting["texts"]:
         if rows := _plan_rows(found, budgets, lambda entry, text=text: _kl(entry["kl"][text]) if text in entry.get("kl", {}) else ""):
@@ -205,61 +184,6 @@ def _plan_rows(found: dict[str, Any], budgets: list[float], cell: Callable[[dict
         if any(cells):
             rows.append([words, *cells])
     return rows
-
-
-def serving(model: str) -> str:
-    """Tokens a second of the engine, of llama.cpp and of other packages, in alternation."""
-    stored = _stored(model, "serving")
-    setting, about, runs = stored["setting"], stored["machine"], stored["runs"]
-    ours = {run["bits"]: run["median"] for run in runs.values() if run["words"] == "matquant"}
-
-    def both(run: dict[str, Any], name: str) -> str:
-        if name not in run["median"]:
-            return ""
-        pair = (run["median"][name], run["best"][name])
-        return "{} ({})".format(*(f"{rate:.0f}" if min(pair) >= 10 else f"{rate:.1f}" for rate in pair))
-
-    def over(run: dict[str, Any], name: str) -> str:
-        theirs = not run["words"].startswith("matquant") and name in run["median"]
-        return f"{ours.get(run['bits'], ours[max(ours)])[name] / run['median'][name]:.2f}" if theirs else ""
-
-    def read(run: dict[str, Any]) -> str:
-        return f"{run['read_bytes'] * run['median']['decode'] / 1e9:.1f}" if run["words"] == "matquant" else ""
-
-    def accepted(run: dict[str, Any]) -> str:
-        return f"{run['median']['acceptance']:.0%}" if "acceptance" in run["median"] else ""
-
-    order = sorted(runs.values(), key=lambda run: (-run["bits"], not run["words"].startswith("matquant")))
-    rows = [
-        [
-            str(run["bits"]),
-            run["words"],
-            both(run, "decode"),
-            over(run, "decode"),
-            read(run),
-            both(run, "prefill"),
-            over(run, "prefill"),
-            accepted(run),
-        ]
-        for run in order
-    ]
-    head = ["bits", "", "decode", "ours is times that", "GB/s of weights", "prefill", "ours is times that", "drafts accepted"]
-    return (
-        f"    {stored['command']}\n\n{setting['name']}. {about['processor']}, {setting['threads']} threads, {about['isa']}. llama.cpp: {about['llama.cpp']}. Tokens a second: median (best) of "
-        f"{setting['rounds']} rounds in alternation, prompts of {setting['prompt_tokens']} tokens, {setting['new_tokens']} new ones. A probe read "
-        f"{min(stored['probe_gb_s']):.0f} to {max(stored['probe_gb_s']):.0f} GB/s.{_packages(stored, max(ours))}\n\n" + markdown(head, rows)
-    )
-
-
-def _packages(stored: dict[str, Any], widest: int) -> str:
-    """Versions of the packages beside llama.cpp, what float weights are compared with, and which packages are left out."""
-    versions = dict.fromkeys(f"{name} {number}" for own in stored["machine"].get("packages", {}).values() for name, number in own.items())
-    words = f" {', '.join(versions)}: heads as narrow as the layers; 32 and 16 bits are compared with ours at {widest}." if versions else ""
-    return words + "".join(f" Left out: {name} ({reason})." for name, reason in stored.get("skipped", {}).items())
-
-
-def _stored(model: str, kind: str = "quality") -> dict[str, Any]:
-    return json.loads((REPO / "benchmarks" / "results" / f"{kind}-{model}.json").read_text())
 
 
 Values = dict[tuple[str, int], dict[str, list[float]]]  # (text, bits) -> measure -> one value a seed
@@ -339,14 +263,6 @@ MEASURES: list[tuple[str, str, Callable[[float], str]]] = [
 ]
 
 
-def _counts(shape: list[int]) -> str:
-    return f"{shape[0]} x {shape[1]} tokens"
-
-
-def _text(name: str) -> str:
-    return "text sampled from the model" if name == "self" else name
-
-
 def render(name: str) -> str:
     kind, _, rest = name.partition(" ")
     if kind == "flags":
@@ -356,7 +272,16 @@ def render(name: str) -> str:
     return {"exit codes": exit_codes, "results": results}[name]()
 
 
-PARTS = {"quality": quality, "ablation": ablation, "favor": favor, "peers": peers, "speed": speed, "serving": serving, "plans": plans}
+PARTS = {
+    "quality": quality,
+    "ablation": ablation,
+    "favor": favor,
+    "peers": peers,
+    "speed": speed,
+    "serving": serving,
+    "drafts": drafts,
+    "plans": plans,
+}
 
 
 def regenerate(text: str) -> str:

@@ -133,7 +133,7 @@ def test_no_flag_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "method": "minmax", "bits": "4,2", "targets": "4:2.5,2:1", "parent_bits": "6", "group_size": "-1", "slicing": "round", "scale_dtype": "float32",
-        "refit_bits": "4", "feedback": "mean", "damping": "0.5", "calibration": "x.txt", "num_samples": "3", "seq_len": "9", "eval_samples": "0", "seed": "7",
+        "head_bits": "5", "refit_bits": "4", "feedback": "mean", "damping": "0.5", "calibration": "x.txt", "num_samples": "3", "seq_len": "9", "eval_samples": "0", "seed": "7",
         "favor": "4,2", "streams": "6", "stream_samples": "2", "asymmetric_calibration": "0.25", "sweeps": "1", "refine_steps": "5", "refine_tokens": "3", "refine_reach": "0.5",
         "refine_dtype": "bfloat16", "finetune_reads": "9", "finetune_rate": "0.01", "train_text": "y.txt", "train_tokens": "8", "batch_tokens": "4", "train_dtype": "bfloat16",
         "learning_rate": "0.1", "warmup": "0.5", "decay": "constant", "weight_decay": "0.2", "teachers": "2:4,4:0", "divergence": "mse", "temperature": "2", "epochs": "3", "clip_rate": "0.5", "transform_rate": "0.2",
@@ -148,7 +148,7 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert covered == {field.name for field in fields(Recipe)}
     assert recipe == Recipe(
         method="minmax", bits=(4, 2), targets={4: 2.5, 2: 1.0}, normalize=False, favor=(4, 2), parent_bits=6, group_size=-1, symmetric=False, overlap=False,
-        slicing="round", scale_dtype="float32", refit_bits=4, clip_search=False, act_order=False, static_groups=False, feedback="mean", streams=(6,), stream_samples=2,
+        slicing="round", scale_dtype="float32", head_bits=5, refit_bits=4, clip_search=False, act_order=False, static_groups=False, feedback="mean", streams=(6,), stream_samples=2,
         asymmetric_calibration=0.25, sweeps=1, refine_steps=5, refine_tokens=3, refine_reach=0.5, refine_dtype="bfloat16", damping=0.5, skip=("*.o_proj", "lm_head"), calibration="x.txt",
         num_samples=3, seq_len=9, eval_samples=0, seed=7, finetune_reads=9, finetune_rate=0.01, train_text="y.txt", train_tokens=8, batch_tokens=4,
         train_dtype="bfloat16", learning_rate=0.1, warmup=0.5, decay="constant", weight_decay=0.2, teachers={4: 0, 2: 4}, divergence="mse", temperature=2.0,

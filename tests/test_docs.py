@@ -6,10 +6,12 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -32,7 +34,8 @@ def load_generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("generate_docs", REPO / "docs" / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with patch.object(sys, "path", [str(REPO / "docs"), *sys.path]):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -115,9 +118,9 @@ def test_other_packages_are_compared_at_their_width_or_with_our_widest(monkeypat
         "runs": runs,
     }
     machine = {"processor": "", "isa": "", "llama.cpp": "", "packages": {"openvino-4": {"openvino": "1.2"}}}
-    generator = load_generator()
-    monkeypatch.setattr(generator, "_stored", lambda model, kind: stored | {"machine": machine, "skipped": {"torchao-4": "not there"}})
-    text = generator.serving("any")
+    serving = load_generator().serving
+    monkeypatch.setitem(serving.__globals__, "load", lambda model, kind: stored | {"machine": machine, "skipped": {"torchao-4": "not there"}})
+    text = serving("any")
     shown = [[cell.strip() for cell in line.split("|")[1:5]] for line in text.splitlines() if line.startswith("| ")][2:]
     assert shown == [
         ["16", "torch", "8.0 (8.0)", "2.50"],

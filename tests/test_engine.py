@@ -10,8 +10,6 @@ from runs import FAST, Tiny
 from torch import Tensor
 
 import matquant
-from matquant import llama
-from matquant.codes import Grid
 from matquant.engine import Engine
 from matquant.errors import InputError, PlanError, UnservedError
 from matquant.pipeline import RunOptions, quantize
@@ -44,11 +42,9 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[
 
 
 def of_transformers(folder: Path, bits: int | BitPlan) -> Tensor:
-    """Logits with a head as the engine's, rounded to 8 bits."""
     model = matquant.from_pretrained(folder, bits, keep=8).eval()
-    head = llama.rounded(model.get_output_embeddings().weight.data, Grid(8, 64, symmetric=False, overlap=False))
     with torch.inference_mode():
-        return model.base_model(torch.tensor([IDS])).last_hidden_state[0] @ head.read(8).dense().T
+        return model(torch.tensor([IDS])).logits[0]
 
 
 @pytest.mark.parametrize("kind", SERVED)
@@ -101,7 +97,7 @@ def test_any_switches_give_the_logits_of_a_fresh_load(made) -> None:  # type: ig
 def only_narrow_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever they cost, and nothing from the text itself."""
     monkeypatch.setattr(Echo, "draft", lambda self, most: [])
-    monkeypatch.setattr(Narrow, "pays", lambda self: True)
+    monkeypatch.setattr(Narrow, "worth", lambda self: MOST_DRAFTED)
 
 
 @pytest.mark.usefixtures("only_narrow_drafts")
@@ -153,10 +149,9 @@ def test_a_read_that_does_not_pay_is_asked_now_and_then(made) -> None:  # type: 
     engine = Engine.open(made("llama"), 8, keep=8)
     narrow = Narrow.of(engine, 2, IDS)
     assert 0 < narrow.cost < Narrow.of(engine, 4, IDS).cost < 1
-    assert narrow.pays()
+    assert narrow.worth() == MOST_DRAFTED
     narrow.rate.value = 0.0
-    asked = [narrow.pays() for _ in range(2 * (ASK_AGAIN + 1))]
-    assert sum(asked) == 2 and asked[ASK_AGAIN]
+    assert [narrow.worth() for _ in range(2 * ASK_AGAIN)] == [*[0] * (ASK_AGAIN - 1), 1] * 2
     words = engine.stepper.geometry.vocabulary
     assert Narrow.of(engine, 2, [words - 1]).words == words > Narrow.of(engine, 2, [0] * 30).words  # a text of rare words
 
@@ -175,6 +170,18 @@ def test_generation_is_the_argmax_of_whole_texts(made) -> None:  # type: ignore[
         text.append(token)
     end = text.index(text[8], 5)
     assert list(engine.generate(IDS[:5], 12, stop=[text[8]])) == text[5 : end + 1]
+
+
+def test_draws_follow_the_distribution_over_many_blocks() -> None:
+    """40,000 draws of 700 words, many of which are impossible: within five standard deviations of every count."""
+    g = torch.Generator().manual_seed(1)
+    pick, p = Picker(1.0, g), torch.rand(700, generator=g) ** 8
+    p[torch.rand(700, generator=g) < 0.5] = 0
+    p[300:600] = 0  # a whole block
+    p /= p.sum()
+    rounds = 40_000
+    counts = torch.bincount(torch.tensor([pick.draw(p) for _ in range(rounds)]), minlength=700)
+    assert ((counts - rounds * p).abs() <= 5 * (rounds * p * (1 - p)).sqrt() + 1e-6).all()  # none where p is 0
 
 
 @pytest.mark.parametrize("belief", ["all words", "the first words", "certain"])

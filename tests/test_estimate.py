@@ -68,7 +68,7 @@ def test_more_work_costs_more(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_gguf_expands_is_stored_in_16_bits(tiny: Tiny) -> None:
     source = models.open_source(str(tiny("llama")))
     layers = models.find_layers(source.model, ROUNDED)
-    full, half = (estimate.estimate_cost(each, layers, ROUNDED).file_bytes for each in (source, replace(source, gguf_file="a.gguf")))
+    full, half = (estimate.estimate_cost(each, layers, ROUNDED, {}).file_bytes for each in (source, replace(source, gguf_file="a.gguf")))
     assert full - half == 2 * (2 * 258 * 64 + 5 * 64)  # embeddings, head, five norms
 
 

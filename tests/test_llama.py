@@ -1,4 +1,4 @@
-"""What the engine serves, found by a process of its own; memory that serving takes; a head that is rounded some rows at a time."""
+"""What the engine serves, found by a process of its own; memory that serving takes."""
 
 import os
 import subprocess
@@ -12,7 +12,6 @@ from building import build_checkpoint
 
 from matquant import benchmark, llama
 from matquant.checkpoint import Checkpoint
-from matquant.codes import Grid, fit_grid, nearest_code
 from matquant.engine import Engine
 from matquant.errors import CheckpointError, InputError, ResourceError, UnservedError
 from matquant.recipe import Recipe
@@ -73,19 +72,6 @@ def test_the_process_says_why_it_refuses(folder: Path, tiny: Tiny, tmp_path: Pat
     assert "cannot be built from its config.json" in capsys.readouterr().err
     assert llama.main(str(folder)) == 0
     assert same(llama.Served.from_json(capsys.readouterr().out), llama.examine(folder))
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_rounding_some_rows_at_a_time(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid, weight = Grid(6, 16, symmetric=symmetric, overlap=False), torch.randn(37, 48, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(llama, "AT_ONCE", 200)  # four rows
-    found = llama.rounded(weight, grid)
-    grouped = weight.reshape(37, 3, 16)
-    scale, zero = fit_grid(grouped, grid, torch.float16)
-    middle = torch.full_like(scale, grid.center) if zero is None else zero
-    assert torch.equal(found.codes, nearest_code(grouped / scale[..., None] + middle[..., None], grid).reshape(37, 48))
-    assert torch.equal(found.scale, scale.half()) and (zero is None) == (found.zero is None)
-    assert zero is None or torch.equal(found.zero, zero.to(torch.uint8))
 
 
 def test_rows_are_those_of_the_file(folder: Path, tmp_path: Path) -> None:

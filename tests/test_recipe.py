@@ -14,7 +14,7 @@ from matquant.errors import MatquantError, RecipeError
 from matquant.recipe import ORIGINAL, Recipe
 
 # A change here means that finished checkpoints name another recipe than a new run with the same words: say so in CHANGELOG.
-DEFAULT_HASH = "8aca82c06ae3e732e3922fea040b314934978c6143e77f4c9c28ec0816036c39"
+DEFAULT_HASH = "dddddff81e8e6965dd5838d36f0e70f4c45f775992416e74c6f43fc81a5cd327"
 
 OTHER = Recipe(
     method="minmax", bits=(2, 4), targets={4: 1, 2: 3}, parent_bits=4, group_size=-1, symmetric=True, slicing="round", scale_dtype="bfloat16",

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from triton_mode import CUDA, DEVICE, needs_cuda
 
 from matquant.codes import Grid
+from matquant.embedding import NestedEmbedding, TiedHead
 from matquant.errors import InputError, MissingPlanesError, ResourceError
 from matquant.kernels import reference
 from matquant.kernels.gpu import layout, ops, table
 from matquant.kernels.gpu.graphs import PlanGraphs
 from matquant.kernels.gpu.table import Config
 from matquant.linear import NestedLinear
-from matquant.plan import Layout, Shape
+from matquant.plan import Layout, Shape, Table
+from matquant.tables import rounded_table
 
 DTYPE = torch.float16
 
@@ -89,6 +91,27 @@ def test_tiles_move_with_the_layer() -> None:
     layer.to(torch.float32).to(DEVICE)
     assert layer.tiles is not before and layer.tiles is not None and layer.tiles.scale is layer.scale and layer.scale.dtype == torch.float16
     assert torch.equal(layer(inputs()), want)
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_a_table_on_tiles(bits: int) -> None:
+    """The head multiplies with tiles, its embedding goes on looking up planes; one that no head is tied to has no use for tiles."""
+    of = Table.of(Shape(40, 64), bits, 32, False, "float16")
+    weight = rounded_table(torch.randn(40, 64, generator=torch.Generator().manual_seed(1)), of)
+    planes = weight.packed()
+    tied, alone = (NestedEmbedding(of, nn.Embedding(40, 64, dtype=DTYPE), device=DEVICE) for _ in range(2))
+    for embedding in (tied, alone):
+        stored = {"weight": planes[:2], **{f"plane_{k}": planes[k] for k in range(2, bits)}, "scale": weight.scale, "zero": weight.zero}
+        embedding.load_state_dict(stored)
+    head, ids, x = TiedHead(tied, nn.Parameter(torch.ones(40, dtype=DTYPE, device=DEVICE))), torch.tensor([[3, 39], [0, 3]], device=DEVICE), inputs()
+    with torch.no_grad():
+        logits, rows = head(x), tied(ids)
+        assert torch.equal(rows, weight.read(bits).dense(DTYPE).to(DEVICE)[ids]) and head.weight is tied.weight
+        for embedding in (tied, alone):
+            embedding.tile()
+            assert (embedding.tiles is None) == (embedding is alone) and torch.equal(embedding(ids), rows)
+        assert close(head(x), logits)
+    assert tied.evict(2) == alone.evict(2) == 0 and torch.equal(tied.state_dict()["weight"].cpu(), planes[:2])
 
 
 def test_partial_and_symmetric_layers() -> None:

@@ -85,7 +85,7 @@ def rename(folder: Path, old: str, new: str) -> None:
 
 
 STRUCTURE: dict[str, tuple[Damage, str]] = {
-    "unknown version": (config(format_version=2), "format_version is 2; this matquant reads version 1; install a newer matquant"),
+    "unknown version": (config(format_version=3), "format_version is 3; this matquant reads versions 1 and 2; install a newer matquant"),
     "version of another type": (config(format_version=True), "format_version is True"),
     "no version": (dropped("format_version"), "format_version is None"),
     "parent_bits as text": (config(parent_bits="8"), "parent_bits is '8'; it must be of type int"),

@@ -48,13 +48,15 @@ class Width:
 
 @dataclass(frozen=True)
 class Draft:
-    """Self-speculation. decode: tokens a second; speedup: over plain decoding at `bits`; acceptance: share of drafted tokens."""
+    """Self-speculation. decode: tokens a second; speedup: over plain decoding at `bits`; acceptance: share of the tokens drafted at draft_bits; repeated:
+    share of all tokens that were drafted from the text itself."""
 
     bits: int
     draft_bits: int
     decode: float
     speedup: float
     acceptance: float
+    repeated: float
     tokens_per_pass: float
 
 
@@ -102,7 +104,7 @@ class Setting:
     new_tokens: int = 32
     repeats: int = 3
     threads: int | None = None
-    head_bits: int = 8
+    head_bits: int | None = None
     memory: bool = True
 
 
@@ -128,9 +130,10 @@ def measure(folder: Path, setting: Setting, progress: Callable[[str, int, int], 
     )
     widest = max(setting.widths)
     drafts = tuple(
-        Draft(widest, bits, rate := median(rates), rate / decode[widest], done.acceptance, done.per_pass) for bits, (rates, done) in drafted.items()
+        Draft(widest, bits, rate := median(rates), rate / decode[widest], done.acceptance, done.repeated, done.per_pass)
+        for bits, (rates, done) in drafted.items()
     )
-    counts = (setting.prompt_tokens, setting.new_tokens, setting.repeats, setting.head_bits)
+    counts = (setting.prompt_tokens, setting.new_tokens, setting.repeats, engine.stepper.head.widths[0])
     overhead = _overhead(engine, decode, latency)
     return Benchmark(folder.resolve().name, engine.stepper.head.isa, threads, *counts, gb_s, widths, drafts, latency, overhead)
 
@@ -264,7 +267,7 @@ print(json.dumps([own_peak(), made]))
 """
 
 
-def peak_memory(folder: Path, bits: int, prompt: int, new: int, threads: int, head_bits: int = 8) -> int | None:
+def peak_memory(folder: Path, bits: int, prompt: int, new: int, threads: int, head_bits: int | None = None) -> int | None:
     """Most bytes resident of a process that opens the checkpoint at one width and continues a prompt; None where the system does not tell."""
     arguments = json.dumps([str(folder), bits, prompt, new, threads, head_bits])
     done = subprocess.run(

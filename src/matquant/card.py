@@ -126,6 +126,11 @@ def _making(report: Report) -> list[str]:
     ]
     facts = [
         f"{recipe.parent_bits}-bit codes, {groups}, {zero}, {recipe.scale_dtype} scales, slicing `{recipe.slicing}`, method `{recipe.method}`",
+        *(
+            [f"output head and embeddings rounded to nearest at {recipe.head_bits} bits, whatever the width of the layers"]
+            if recipe.head_bits
+            else []
+        ),
         *(calibrated if recipe.method != "minmax" else []),
         *(words for words in (tuned_words(report), overflow_words(report)) if words),
         "every setting is in config.json, under `recipe`, with its hash",

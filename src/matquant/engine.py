@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from matquant import llama
+from matquant import llama, tables
 from matquant.checkpoint import Checkpoint, choose
 from matquant.checkpoint.files import parse_json
 from matquant.codes import Grid
@@ -36,7 +36,7 @@ from matquant.speculation import Picker, Speculation, speculate
 from matquant.threads import for_steps_of
 from matquant.weight import NestedWeight
 
-HEAD_GROUPS = (64, 32)  # input channels that share a scale of the head: the first that divides them
+HEAD_BITS = 8  # of a head that is rounded when it is loaded
 PREFILL = 512  # tokens of a prompt that pass at once
 
 
@@ -52,23 +52,29 @@ def _give_back() -> None:
         trim(0)
 
 
-def _head(checkpoint: Checkpoint, shape: llama.Served, bits: int, pool: Executor) -> NestedWeight:
-    """The head as stored, or rounded to `bits` if it is not quantized; a tied one is the embedding's."""
+def _head(checkpoint: Checkpoint, shape: llama.Served, bits: int | None, pool: Executor) -> NestedWeight:
+    """The head as stored, or rounded to `bits` if it is not quantized; a tied one is the embedding's. Raises InputError for other bits than are stored."""
     if shape.head in checkpoint.modules:
         return checkpoint.read(shape.head)
-    name = next(name for name in (f"{shape.head}.weight", f"{shape.embedding}.weight") if name in checkpoint.base)
-    out, hidden = checkpoint.base_shapes[name]
-    size = next((size for size in HEAD_GROUPS if hidden % size == 0), -1)
-    grid = Grid(bits, size, symmetric=False, overlap=False)
-    return llama.rounded_rows(lambda first, end: checkpoint.rows(name, first, end), out, hidden, grid, pool)
+    known = {*checkpoint.tables, *(name.removesuffix(".weight") for name in checkpoint.base)}
+    name = next(name for name in (shape.head, shape.embedding) if name in known)
+    if (table := checkpoint.tables.get(name)) is not None:
+        if bits not in (None, table.bits):
+            raise InputError(
+                f"head_bits is {bits}, but {checkpoint.folder} stores its head at {table.bits} bits; leave head_bits out, or quantize with --head-bits {bits}"
+            )
+        return checkpoint.table(name)
+    out, hidden = checkpoint.base_shapes[f"{name}.weight"]
+    grid = Grid(bits or HEAD_BITS, tables.fitting_group(hidden), symmetric=False, overlap=False)
+    return tables.rounded_rows(lambda first, end: checkpoint.rows(f"{name}.weight", first, end), out, hidden, grid, pool)
 
 
 @dataclass
 class Engine:
-    """One model in memory. embeddings: [vocabulary, hidden], as stored, mapped from the file. kept: widths that each layer was packed for."""
+    """One model in memory. embeddings: [vocabulary, hidden] by rows, as stored, mapped from the file. kept: widths that each layer was packed for."""
 
     stepper: Stepper
-    embeddings: Tensor
+    embeddings: Tensor | tables.Rows
     checkpoint: Checkpoint
     shape: llama.Served
     kept: Mapping[str, tuple[int, ...]]
@@ -86,7 +92,7 @@ class Engine:
         keep: int | None = None,
         *,
         capacity: int = 4096,
-        head_bits: int = 8,
+        head_bits: int | None = None,
         exact: bool = False,
         threads: int | None = None,
         isa: str | None = None,
@@ -94,7 +100,7 @@ class Engine:
         """Pack the layers of a checkpoint for the widths up to `keep` (None: each for the one that `bits` gives it; all if that is None too).
 
         bits: as for `matquant.from_pretrained`: a width, a BitPlan, the name of a plan, a plan file, or a mean width.
-        capacity: tokens of a text, at most; less where the model has fewer positions. head_bits: what a head that is not quantized is rounded to.
+        capacity: tokens of a text, at most; less where the model has fewer positions. head_bits: what a head that is not quantized is rounded to (None: 8).
         exact: products of floats instead of 8-bit inputs. Raises UnservedError for what it cannot read: a model of another shape than Llama's, a slicing other than floor; otherwise as `matquant.from_pretrained`.
         """
         checkpoint = Checkpoint.open(folder)
@@ -125,8 +131,9 @@ class Engine:
                 weights |= zip(own, pool.map(lambda name: cpu.pack(checkpoint.read(name, kept[name]), kept[name], isa, 1), own), strict=True)
                 _give_back()
         stepper = llama.stepper_of(shape, weights.__getitem__, checkpoint.base.__getitem__)
-        table = checkpoint.base[f"{shape.embedding}.weight"]
-        return Engine(stepper, table, checkpoint, shape, kept, plan, min(capacity, shape.longest), exact, threads)
+        quantized = shape.embedding in checkpoint.tables
+        rows = tables.Rows.of(checkpoint, shape.embedding) if quantized else checkpoint.base[f"{shape.embedding}.weight"]
+        return Engine(stepper, rows, checkpoint, shape, kept, plan, min(capacity, shape.longest), exact, threads)
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -230,7 +237,9 @@ class Session:
             if token in stop:
                 return
 
-    def read(self, ids: Sequence[int], start: int, plan: BitPlan | None = None, last: int = 1, words: int | None = None) -> Float[Tensor, "last words"]:
+    def read(
+        self, ids: Sequence[int], start: int, plan: BitPlan | None = None, last: int = 1, words: int | None = None
+    ) -> Float[Tensor, "last words"]:
         """Logits of the last tokens of `ids`, whose first has position `start`; of the first `words` of the vocabulary. None: as Engine.step."""
         found: list[Tensor] = []
         for at in range(0, len(ids), PREFILL):

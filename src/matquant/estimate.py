@@ -13,6 +13,7 @@ from torch import Tensor
 
 from matquant.codes import CodeChooser
 from matquant.models import Layers, Source, own_tensors
+from matquant.plan import Table
 from matquant.recipe import ORIGINAL, Recipe
 from matquant.refine import HIGH
 
@@ -36,13 +37,14 @@ class Estimate:
     seconds: float
 
 
-def estimate_cost(source: Source, layers: Layers, recipe: Recipe) -> Estimate:
-    """Sizes and costs of quantizing `layers` of `source` by `recipe`."""
+def estimate_cost(source: Source, layers: Layers, recipe: Recipe, tables: Mapping[str, Table]) -> Estimate:
+    """Sizes and costs of quantizing `layers` and `tables` of `source` by `recipe`."""
     layout, shapes = recipe.layout, layers.quantized
     weights = sum(shape.weights for shape in shapes.values())
     read = {bits: sum(layout.read_bits(shape, bits) for shape in shapes.values()) for bits in layout.widths}
-    rest = sum(t.numel() * _stored_size(source, t) for name, t in own_tensors(source.model).items() if name.removesuffix(".weight") not in shapes)
-    stored = sum(layout.stored_bits(shape) for shape in shapes.values()) // 8
+    own = {name: t for name, t in own_tensors(source.model).items() if name.removesuffix(".weight") not in {*shapes, *tables}}
+    rest = sum(t.numel() * _stored_size(source, t) for t in own.values())
+    stored = sum(layout.stored_bits(shape) for shape in shapes.values()) // 8 + sum(table.stored_bytes for table in tables.values())
     return Estimate(
         source.name,
         len(shapes),

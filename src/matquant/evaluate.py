@@ -25,7 +25,7 @@ from torch import Tensor
 
 from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
-from matquant.plan import BitPlan, Layout, Shape
+from matquant.plan import BitPlan, Layout, Shape, Table
 
 Logits = Callable[[Tensor], Tensor]
 """ids Int[Tensor, "batch length"] -> logits Float[Tensor, "batch length vocab"]"""
@@ -94,7 +94,7 @@ class Sizes:
     """What the sizes of a row follow from, by arithmetic.
 
     other_weights, other_bytes: numbers and bytes of the tensors that are not quantized. original_bits: of a number in the
-    original model.
+    original model. tables: embeddings and heads that are stored quantized, at a width of their own.
     """
 
     shapes: Mapping[str, Shape]
@@ -102,6 +102,7 @@ class Sizes:
     other_weights: int
     other_bytes: int
     original_bits: int
+    tables: Mapping[str, Table] = field(default_factory=dict[str, Table])
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> "Sizes":
@@ -111,16 +112,26 @@ class Sizes:
             weights, size = weights + tensor.numel(), size + tensor.nbytes
         dtype = getattr(torch, str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), None)
         original_bits = 8 * dtype.itemsize if isinstance(dtype, torch.dtype) else 16
-        return Sizes(checkpoint.modules, checkpoint.layout, weights, size, original_bits)
+        return Sizes(checkpoint.modules, checkpoint.layout, weights, size, original_bits, checkpoint.tables)
 
     @property
     def quantized_weights(self) -> int:
         return sum(shape.weights for shape in self.shapes.values())
 
+    @property
+    def table_weights(self) -> int:
+        return sum(table.shape.weights for table in self.tables.values())
+
+    @property
+    def weights(self) -> int:
+        """Of the whole model."""
+        return self.quantized_weights + self.table_weights + self.other_weights
+
     def row(self, quality: Quality, plan: BitPlan, file_bytes: int) -> Row:
         """A line for the checkpoint read by `plan`."""
         bits = plan.read_bits(self.shapes, self.layout)
-        whole = (bits + 8 * self.other_bytes) / (self.quantized_weights + self.other_weights)
+        other = self.other_bytes + sum(table.stored_bytes for table in self.tables.values())
+        whole = (bits + 8 * other) / self.weights
         widths = {plan.bits(name) for name in self.shapes}
         uniform = float(widths.pop()) if len(widths) == 1 else None
         return _row(quality, quality.label, uniform, bits / self.quantized_weights, whole, file_bytes)
@@ -128,8 +139,8 @@ class Sizes:
     def original(self, quality: Quality) -> Row:
         """A line for the original model, labelled by its bits; its size is that of its tensors."""
         bits = float(self.original_bits)
-        size = self.quantized_weights * self.original_bits // 8 + self.other_bytes
-        whole = 8 * size / (self.quantized_weights + self.other_weights)
+        size = (self.quantized_weights + self.table_weights) * self.original_bits // 8 + self.other_bytes
+        whole = 8 * size / self.weights
         return _row(quality, str(self.original_bits), bits, bits, whole, size)
 
 

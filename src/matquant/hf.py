@@ -1,8 +1,8 @@
 """transformers reads and writes matquant checkpoints: `from_pretrained(folder, bits=4)`, `set_bits(model, 3)`.
 
 The folder decides what is quantized: the modules that matquant.checkpoint.Checkpoint finds there are replaced by NestedLinear
-while the model is still on the meta device, holding only the planes that the widest wanted width needs; transformers then
-loads the tensors as it loads any other. Tensors of other planes are not asked for, so they are never read from disk.
+while the model is still on the meta device, holding only the planes that the widest wanted width needs, and embeddings and heads that are stored as
+tables by the modules of embedding.py; transformers then loads the tensors as it loads any other. Tensors of other planes are not asked for, so they are never read from disk.
 
 transformers warns about most faults of a checkpoint and goes on with uninitialised memory. Here every one is an error: headers
 are checked before loading (Checkpoint.open), missing, extra and misshapen tensors while loading, values after it.
@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from matquant.checkpoint import Checkpoint, choose
 from matquant.checkpoint.format import value_problem
 from matquant.codes import planes_needed
+from matquant.embedding import NestedEmbedding, NestedHead, TiedHead, plain
 from matquant.errors import CheckpointError, InputError
 from matquant.linear import NestedLinear
 from matquant.plan import BitPlan
@@ -75,6 +76,7 @@ class MatquantHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan: dict[str, int] = {}  # module name in the model -> bits
+        self.tables: list[str] = []  # module names in the model
         self.planes: set[int] = set()  # how many planes layers hold
         self.checked = False
 
@@ -97,7 +99,8 @@ class MatquantHfQuantizer(HfQuantizer):
             planes = planes_needed(plan.bits(name) if own else keep, grid.bits, slicing)
             self.plan[replace(model, name, checkpoint, planes)] = plan.bits(name)
             self.planes.add(planes)
-        _refuse_tied(model, self.plan)
+        self.tables = put_tables(model, checkpoint)
+        _refuse_tied(model, (*self.plan, *self.tables))
         self._refuse_incomplete(model)
 
     def get_weight_conversions(self) -> list[Any]:
@@ -121,7 +124,7 @@ class MatquantHfQuantizer(HfQuantizer):
             adjust(info)
             # planes and refits that nobody asked for; Checkpoint.open has refused those that no checkpoint may have
             info.unexpected_keys = {key for key in info.unexpected_keys if not re.search(_OURS, key)}
-            ours = tuple(f"{path}." for path in self.plan)
+            ours = tuple(f"{path}." for path in (*self.plan, *self.tables))
             faults = {
                 "lacks": sorted(info.missing_keys),
                 "has, unknown to the model,": sorted(info.unexpected_keys),
@@ -144,11 +147,11 @@ class MatquantHfQuantizer(HfQuantizer):
             raise InputError(
                 "this version of transformers does not report missing tensors to matquant; install transformers 5.23, with which it was tested"
             )
-        for path, bits in self.plan.items():
+        for path in (*self.plan, *self.tables):
             layer = model.get_submodule(path)
             assert isinstance(layer, NestedLinear)
             check_values(path, layer)
-            layer.set_bits(bits)
+            layer.set_bits(self.plan.get(path, layer.bits))
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
         """Every NestedLinear becomes the layer it stands for (Conv1D in GPT-2, else its file would not load), at its current width."""
@@ -157,9 +160,10 @@ class MatquantHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # transformers passes config.dtype, which save_pretrained turns into a word
             dtype = getattr(torch, dtype)
         kind = model.dtype if dtype is None else dtype
-        for path, layer in _layers(model).items():
-            if layer.weight.is_meta:
-                raise InputError("cannot dequantize a model that is offloaded to disk; load it without offloading")
+        if any(layer.weight.is_meta for layer in model.modules() if isinstance(layer, NestedLinear)):
+            raise InputError("cannot dequantize a model that is offloaded to disk; load it without offloading")
+        _dense_tables(model, kind)
+        for path, layer in layers_of(model).items():
             weight = layer.weight_at(layer.bits).dense(kind)
             with torch.device("meta"):
                 plain = Conv1D(layer.out_features, layer.in_features) if layer.transposed else nn.Linear(layer.in_features, layer.out_features)
@@ -181,21 +185,20 @@ class MatquantHfQuantizer(HfQuantizer):
         return False
 
 
+def _place(model: "PreTrainedModel", name: str) -> str | None:
+    """Where the checkpoint's `name` is in the model; None if it is not."""
+    prefix, known = model.base_model_prefix, dict(model.named_modules())
+    return next((path for path in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if path in known), None)  # AutoModel has no prefix
+
+
 def replace(model: "PreTrainedModel", name: str, checkpoint: Checkpoint, planes: int) -> str:
     """Put an empty NestedLinear where the checkpoint says `name`; return where that is in the model. Raises CheckpointError."""
     from transformers.pytorch_utils import Conv1D
 
-    prefix = model.base_model_prefix
     shape = checkpoint.modules[name]
-    modules = dict.fromkeys([name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"])  # AutoModel has no prefix
-    for path in modules:
-        try:
-            old = model.get_submodule(path)
-            break
-        except AttributeError:
-            continue
-    else:
+    if (path := _place(model, name)) is None:
         raise CheckpointError(f"the checkpoint quantizes {name}, which {type(model).__name__} does not have; config.json is of another model")
+    old = model.get_submodule(path)
     # By forward and not by class: a subclass that computes something else must not become a plain matrix product.
     transposed = type(old).forward is Conv1D.forward
     if not transposed and type(old).forward is not nn.Linear.forward:
@@ -209,6 +212,49 @@ def replace(model: "PreTrainedModel", name: str, checkpoint: Checkpoint, planes:
     return path
 
 
+def put_tables(model: "PreTrainedModel", checkpoint: Checkpoint) -> list[str]:
+    """Put what reads tables in the places of heads and embeddings; return where the tables are in the model. Raises CheckpointError."""
+    found: list[str] = []
+    for name, table in checkpoint.tables.items():
+        if (path := _place(model, name)) is None:
+            if type(model).__name__ not in (model.config.architectures or ()):
+                continue  # AutoModel has no head
+            raise CheckpointError(f"the checkpoint has a table {name}, which {type(model).__name__} does not have; config.json is of another model")
+        old: Any = model.get_submodule(path)
+        looked_up = isinstance(old, nn.Embedding)
+        if not looked_up and type(old).forward is not nn.Linear.forward:
+            raise CheckpointError(f"the checkpoint has a table {name}, which is a {type(old).__name__} and neither embedding nor linear layer")
+        if tuple(old.weight.shape) != (table.shape.out, table.shape.in_features):
+            raise CheckpointError(
+                f"the table {name} is [{table.shape.out}, {table.shape.in_features}] in the checkpoint but {list(old.weight.shape)} in the model; "
+                "config.json is of another model"
+            )
+        model.set_submodule(path, NestedEmbedding(table, old, device="meta") if looked_up else NestedHead(table, old.bias, device="meta"))
+        found.append(path)
+    _tie(model, found)
+    return found
+
+
+def _tie(model: Any, tables: Iterable[str]) -> None:
+    """Let heads that are tied to one of these embeddings read its table. transformers would tie tensors, and has none to tie any more."""
+    for target, source in dict(model.all_tied_weights_keys).items():
+        path, owner = (key.removesuffix(".weight") for key in (target, source))
+        if owner in tables and path not in tables and isinstance(table := model.get_submodule(owner), NestedEmbedding):
+            model.set_submodule(path, TiedHead(table, model.get_submodule(path).bias))
+            del model.all_tied_weights_keys[target]
+            model._tied_weights_keys = {key: other for key, other in model._tied_weights_keys.items() if key != target}
+
+
+def _dense_tables(model: Any, kind: torch.dtype) -> None:
+    """Heads and embeddings become what they stand for, and are tied as before."""
+    known: dict[int, nn.Parameter] = {}
+    for path, module in [(path, module) for path, module in model.named_modules() if isinstance(module, NestedHead | TiedHead)]:
+        model.set_submodule(path, plain(module, kind, known))
+    if "_tied_weights_keys" in vars(model):
+        del model._tied_weights_keys
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 def _refuse_tied(model: "PreTrainedModel", quantized: Iterable[str]) -> None:
     """A quantized layer cannot share its weight: saving would drop it and the reload give NaN."""
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
@@ -219,7 +265,7 @@ def _refuse_tied(model: "PreTrainedModel", quantized: Iterable[str]) -> None:
 
 def check_values(path: str, layer: NestedLinear) -> None:
     """Raise CheckpointError unless every tensor of a loaded layer has its dtype and values that the format allows."""
-    for name, buffer in layer.named_buffers():
+    for name, buffer in layer.named_buffers(recurse=False):
         kind = getattr(torch, layer.layout.scale_dtype) if name == "scale" else torch.uint8
         if buffer.dtype != kind:
             raise CheckpointError(f"{path}.{name} was loaded as {buffer.dtype}, not {kind}; get the checkpoint again")
@@ -228,8 +274,9 @@ def check_values(path: str, layer: NestedLinear) -> None:
             raise CheckpointError(f"{path}.{name} {problem}; get the checkpoint again (matquant verify names the damage)")
 
 
-def _layers(model: nn.Module) -> dict[str, NestedLinear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, NestedLinear)}
+def layers_of(model: nn.Module) -> dict[str, NestedLinear]:
+    """What plans are about."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, NestedLinear) and not isinstance(module, NestedHead)}
 
 
 def register() -> None:
@@ -297,8 +344,8 @@ def locate(path_or_id: str | Path, bits: int | BitPlan | None, keep: int | None,
 
 
 def set_bits(model: nn.Module, bits: int | BitPlan) -> None:
-    """Switch every NestedLinear to a width or a plan; nothing is switched if any cannot. Raises PlanError, MissingPlanesError."""
-    layers = _layers(model)
+    """Switch every layer to a width or a plan; nothing is switched if any cannot. Raises PlanError, MissingPlanesError."""
+    layers = layers_of(model)
     if not layers:
         raise InputError("the model has no matquant layers; load it with matquant.from_pretrained")
     plan = BitPlan(bits) if isinstance(bits, int) else bits

@@ -57,7 +57,7 @@ class NestedLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = shape.in_features, shape.out
+        self.shape, self.in_features, self.out_features = shape, shape.in_features, shape.out
         self.layout, self.transposed, self.tiles = layout, transposed, None
         self.planes = layout.grid.bits if planes is None else planes
         self.refits = tuple(r for r in layout.refit_widths if self._needs(r) <= self.planes)

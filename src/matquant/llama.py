@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -25,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from matquant.checkpoint.files import replace_whole
-from matquant.codes import Grid, fit_grid, nearest_code
+from matquant.codes import Grid
 from matquant.errors import InputError, ResourceError, UnservedError
 from matquant.kernels import cpu
 from matquant.kernels.step import Block, Geometry, Stepper
-from matquant.weight import NestedWeight
+from matquant.tables import rounded
 
 PARTS = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
@@ -39,7 +38,6 @@ NORMS = {"norm_in": "input_layernorm", "norm_mid": "post_attention_layernorm"}
 HEAD_NORMS = {"norm_q": "self_attn.q_norm", "norm_k": "self_attn.k_norm"}
 ACTS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 STATIC_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long a text is
-AT_ONCE = 2**17  # weights that are rounded at a time: their floats stay in a second-level cache
 TRIAL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
 
 Packed = Callable[[str], cpu.PackedWeight]  # a layer's name -> its weight
@@ -221,35 +219,6 @@ def stepper_of(served: Served, packed: Packed, tensors: Tensors) -> Stepper:
         blocks.append(Block(weights, biases, **{name: tensors(f"{served.blocks}.{index}.{path}.weight") for name, path in paths.items()}))
     head = packed(served.head)
     return Stepper(replace(served.geometry, vocabulary=head.shape[0]), blocks, tensors(served.norm), head)
-
-
-def rounded(weight: Tensor, grid: Grid) -> NestedWeight:
-    """A weight [out, in] rounded to nearest."""
-    out, in_features = weight.shape
-    return rounded_rows(lambda first, end: weight[first:end], out, in_features, grid)
-
-
-def rounded_rows(rows: Callable[[int, int], Tensor], out: int, in_features: int, grid: Grid, pool: Executor | None = None) -> NestedWeight:
-    """The same of a weight whose rows from one to before another `rows` gives: no more than some are held as floats."""
-    groups = grid.groups(in_features)
-    codes = torch.empty(out, in_features, dtype=torch.uint8)
-    scales = torch.empty(out, groups, dtype=torch.float16)
-    zeros = None if grid.symmetric else torch.empty(out, groups, dtype=torch.uint8)
-    step = max(1, AT_ONCE // in_features)
-
-    def some(first: int) -> None:
-        own = slice(first, min(first + step, out))
-        grouped = rows(own.start, own.stop).float().reshape(own.stop - first, groups, -1)
-        scale, zero = fit_grid(grouped, grid, torch.float16)
-        t = grouped / scale[..., None] + (grid.center if zero is None else zero[..., None])
-        codes[own] = nearest_code(t, grid).reshape(-1, in_features)
-        scales[own] = scale.half()
-        if zeros is not None and zero is not None:
-            zeros[own] = zero.to(torch.uint8)
-
-    for _ in (pool.map if pool else map)(some, range(0, out, step)):
-        pass
-    return NestedWeight(codes, scales, zeros, grid, "floor")
 
 
 def _act(config: Any) -> Any:

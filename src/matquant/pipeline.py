@@ -17,7 +17,7 @@ import shutil
 from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from matquant.qat import Training
 from matquant.recipe import Recipe
 from matquant.report import Report
 from matquant.rotate import rotated
+from matquant.tables import Found, find_tables, table_tensors
 from matquant.train import Means, check_trackers
 from matquant.tuning import Tuning, changes, tuned_files
 from matquant.working import FINISHED, check_output, claim, clean_up, only_to_clean, saved_report
@@ -106,8 +107,8 @@ def quantize(model: str, out: Path, recipe: Recipe, options: RunOptions, progres
     source = _source(model, recipe, options)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out} holds the model itself, which --overwrite would delete; choose another output folder")
-    layers = models.find_layers(source.model, recipe)
-    run = _Run(source, layers, recipe, options, work, follow, world)
+    layers, tables = _parts(source, recipe)
+    run = _Run(source, layers, tables, recipe, options, work, follow, world)
     run.check_length()
     with _named_errors(work, "choose another output folder"):
         identity = _identity(source, recipe, options) | {"processes": world.size}
@@ -139,6 +140,12 @@ def _source(model: str, recipe: Recipe, options: RunOptions) -> models.Source:
     return rotated(models.open_source(model, options.gguf_file, options.revision, options.trust_remote_code), recipe)
 
 
+def _parts(source: models.Source, recipe: Recipe) -> tuple[models.Layers, Found]:
+    """What is quantized. Raises InputError as models.find_layers."""
+    layers, tables = models.find_layers(source.model, recipe), find_tables(source.model, recipe)
+    return replace(layers, skipped=(*layers.skipped, *tables.left)), tables
+
+
 def _identity(source: models.Source, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """What must be equal for a run to be continued, besides the recipe. Raises InputError for weights that are damaged."""
     small = sorted(path for path in source.folder.iterdir() if path.suffix in IDENTIFYING and path.is_file())
@@ -162,6 +169,7 @@ def _identity(source: models.Source, recipe: Recipe, options: RunOptions) -> dic
 class _Run:
     source: models.Source
     layers: models.Layers
+    tables: Found
     recipe: Recipe
     options: RunOptions
     work: Path
@@ -228,20 +236,22 @@ class _Run:
 
     def _make(self, checkpoint: Path, train: Tensor) -> None:
         """Quantize, train and tune, and write what came of it."""
-        base = [name for name in models.own_tensors(self.source.model) if name.removesuffix(".weight") not in self.layers.quantized]
-        stored = self._expanded(base)
-        config = self._config() | ({} if stored is None else {"dtype": str(stored).removeprefix("torch.")})
+        stored = {*self.layers.quantized, *self.tables.tables}
+        base = [name for name in models.own_tensors(self.source.model) if name.removesuffix(".weight") not in stored]
+        dtype = self._expanded(base)
+        config = self._config() | ({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
         self.blocks.quantize(train)
         if self.recipe.method == "qat":
             self._train(train)
         if self.recipe.finetune_reads:
             self._tune(train)
-        self.world.once(lambda: self._write(checkpoint, base, stored, config))
+        self.world.once(lambda: self._write(checkpoint, base, dtype, config))
 
-    def _write(self, checkpoint: Path, base: list[str], stored: torch.dtype | None, config: dict[str, Any]) -> None:
+    def _write(self, checkpoint: Path, base: list[str], dtype: torch.dtype | None, config: dict[str, Any]) -> None:
         self.follow("writing", 0, 1)
         chosen = (models.SafetensorsFiles(made) for made in (self._tuned, self.chosen.files))  # of two tensors with one name the first counts
-        write(checkpoint, ChainMap(*chosen, models.Subset(self.source.tensors, base, stored)), config, self._files())
+        tables = table_tensors(self.source.tensors, self.tables.tables)
+        write(checkpoint, ChainMap(*chosen, tables, models.Subset(self.source.tensors, base, dtype)), config, self._files())
         self.follow("writing", 1, 1)
 
     @property
@@ -324,8 +334,8 @@ class _Run:
         config = json.loads(self.source.model.config.to_json_string(use_diff=False))
         config["architectures"] = [type(self.source.model).__name__]
         linears = [name for name, module in self.source.model.named_modules() if isinstance(module, nn.Linear | models.Conv1D)]
-        left = [name for name in linears if name not in self.layers.quantized]
-        config["quantization_config"] = quantization_config(self.recipe, self.layers.quantized, left)
+        left = [name for name in linears if name not in self.layers.quantized and name not in self.tables.held]
+        config["quantization_config"] = quantization_config(self.recipe, self.layers.quantized, left, tables=self.tables.tables)
         return config
 
     def _expanded(self, base: list[str]) -> torch.dtype | None:
@@ -372,6 +382,6 @@ class _Run:
 def estimate(model: str, recipe: Recipe, options: RunOptions) -> Estimate:
     """Sizes by arithmetic, time and memory by a rough model. Writes nothing. Raises as `quantize` for a bad model or recipe."""
     source = _source(model, recipe, options)
-    layers = models.find_layers(source.model, recipe)
-    _Run(source, layers, recipe, options, Path(), Silent()).check_length()
-    return estimate_cost(source, layers, recipe)
+    layers, tables = _parts(source, recipe)
+    _Run(source, layers, tables, recipe, options, Path(), Silent()).check_length()
+    return estimate_cost(source, layers, recipe, tables.tables)

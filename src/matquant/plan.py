@@ -61,6 +61,28 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Table:
+    """An embedding or output head that is stored quantized: [tokens, hidden], read at the width that it is stored in and part of no plan."""
+
+    shape: Shape
+    layout: Layout
+
+    @staticmethod
+    def of(shape: Shape, bits: int, group_size: int, symmetric: bool, scale_dtype: str) -> "Table":
+        """Raises RecipeError for a width or a group that there cannot be."""
+        return Table(shape, Layout(Grid(bits, group_size, symmetric, overlap=False), "floor", (bits,), (), scale_dtype))
+
+    @property
+    def bits(self) -> int:
+        return self.layout.grid.bits
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of its tensors."""
+        return self.layout.stored_bits(self.shape) // 8
+
+
+@dataclass(frozen=True)
 class BitPlan:
     """Bits of every quantized layer: `overrides` by module name, else `default`.
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args, no_type_check
 
 import yaml
 
-from matquant.codes import Grid, Slicing, check_rule
+from matquant.codes import WIDTHS, Grid, Slicing, check_rule
 from matquant.errors import RecipeError, choices
 from matquant.plan import SCALE_BITS, Layout
 
@@ -59,6 +59,9 @@ class Recipe:
     overlap: bool = _help("residual cells overlap above 4 bits (docs/FORMAT.md)", default=False)
     slicing: Slicing = _help("how r bits are taken from a code: floor, round or round-overflow", default="floor")
     scale_dtype: str = _help("storage of scales: float16, bfloat16 or float32", default="float16")
+    head_bits: int = _help(
+        "stored width of the output head and the embeddings, which are rounded to nearest and part of no plan; 0 = as they came", default=8
+    )
     refit_bits: int = _help("widths up to this one get a refit, two bytes a group; 0 = none", default=5)
     clip_search: bool = _help("search the range of each group instead of spanning the largest weight", default=True)
     act_order: bool = _help("visit input channels in order of descending activation power", default=True)
@@ -214,6 +217,8 @@ class Recipe:
                 raise RecipeError(f"favor names {width} bits, which is no target; {choices(width, self.targets)}")
         for width in (*self.bits, *self.targets, *self.streams):
             check_rule(width, self.grid, self.slicing)
+        if self.head_bits and self.head_bits not in WIDTHS:
+            raise RecipeError(f"head_bits is {self.head_bits}; give 2 to 8, or 0 to leave the output head and the embeddings as they came")
         for width, lam in self.targets.items():
             if not 0 < lam < float("inf"):
                 raise RecipeError(f"targets gives {width} bits the weight {lam}; weights must be positive")
@@ -265,6 +270,11 @@ class Recipe:
                 raise RecipeError(f"a recipe has no setting {name!r}; {choices(name, known)}")
         default = Recipe()
         return Recipe(**{name: _coerce(name, value, getattr(default, name)) for name, value in data.items()})
+
+    @staticmethod
+    def of_record(data: Mapping[str, Any]) -> "Recipe":
+        """The recipe of a finished run. What it could not say yet is what was done then, and no default of today. Raises RecipeError."""
+        return Recipe.from_dict({"head_bits": 0, **data})
 
     @staticmethod
     def load(path: Path) -> "Recipe":

@@ -86,7 +86,7 @@ class Report:
             return Report(
                 _text(data["model"]),
                 None if data["base_model"] is None else _text(data["base_model"]),
-                Recipe.from_dict(data["recipe"]),
+                Recipe.of_record(data["recipe"]),
                 tuple(_row(row) for row in data["rows"]),
                 None if protocol is None else _protocol(protocol),
                 tuple(_layer(layer) for layer in data["layers"]),

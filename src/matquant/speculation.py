@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,8 +28,10 @@ ODDS = 0.5  # that a draft stands as a whole, below which it does not go on
 MOST_DRAFTED = 12
 FIRST_RATE, MEMORY = 0.8, 0.1  # of acceptance: what is believed at first, and what one more token counts
 WORDS = 3  # tokens whose earlier occurrence is followed
-ROW = 0.15  # v: what a further row costs a pass, in steps of one row
-ASK_AGAIN = 16  # passes after which a read that did not pay is asked again
+ROW = 0.2  # v: what a further row costs a pass, in steps of one row
+CALL = 0.1  # what a draft costs besides the bytes that it reads, in such steps
+ASK_AGAIN = 24  # passes after which a read that did not pay is asked again
+BLOCK = 256  # words of the vocabulary
 HEAD_PART = 3  # a draft may read the first one of so many parts of the vocabulary
 
 
@@ -49,6 +52,11 @@ class Speculation:
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
+    def repeated(self) -> float:
+        """Share of all tokens that were copied from the text itself and stood."""
+        return self.stood / self.made if self.made else 0.0
+
+    @property
     def per_pass(self) -> float:
         """Tokens that a pass of the verifier led to."""
         return self.made / self.passes if self.passes else 0.0
@@ -62,10 +70,19 @@ class Picker:
     generator: torch.Generator
 
     def probabilities(self, logits: Float[Tensor, " vocabulary"]) -> Float[Tensor, " vocabulary"]:
-        return torch.softmax(logits.double() / self.temperature, 0).float()
+        return torch.softmax(logits / self.temperature, 0)
 
     def draw(self, probabilities: Float[Tensor, " vocabulary"]) -> int:
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        """By the inverse of the cumulated distribution: which block of the vocabulary, then which word of it. torch.multinomial takes as long as a third
+        of a small model's step."""
+        p = probabilities.numpy()
+        sums = np.add.reduceat(p, np.arange(0, len(p), BLOCK), dtype=np.float64)
+        edges = sums.cumsum()
+        place = float(torch.rand((), generator=self.generator, dtype=torch.float64)) * edges[-1]
+        block = min(int(np.searchsorted(edges, place, "right")), len(sums) - 1)
+        own = p[block * BLOCK : (block + 1) * BLOCK]
+        word = int(np.searchsorted(own.cumsum(dtype=np.float64), place - (edges[block] - sums[block]), "right"))
+        return block * BLOCK + (word if word < len(own) else int(own.nonzero()[0][-1]))  # beyond the last by rounding: the last that is possible
 
     def choose(self, logits: Float[Tensor, " vocabulary"]) -> tuple[int, Tensor | None]:
         """(the next token, what it was drawn from; None if it was not drawn). numpy's argmax takes a twentieth of torch's time."""
@@ -156,13 +173,12 @@ class Narrow:
         short = rare < saved / whole / 2
         return Narrow(plan, first if short else vocabulary, (whole - short * saved) / engine.read_bytes(engine.plan))
 
-    def pays(self) -> bool:
-        """Whether one drafted token brings more than it costs; now and then that is tried anew."""
-        self.waited += 1
-        if self.rate.value > self.cost + ROW or self.waited > ASK_AGAIN:
-            self.waited = 0
-            return True
-        return False
+    def worth(self) -> int:
+        """Tokens that are worth drafting at most: none where one brings less than it costs, but one now and then, to see whether it still does."""
+        if self.rate.value > self.cost + CALL + ROW:
+            return MOST_DRAFTED
+        self.waited = (self.waited + 1) % ASK_AGAIN
+        return 0 if self.waited else 1
 
     def draft(self, session: "Session", most: int, pick: Picker) -> tuple[list[int], list[Tensor | None]]:
         """(tokens that the narrow read would write behind the text, what it drew them from)."""
@@ -190,8 +206,8 @@ def speculate(session: "Session", new: int, pick: Picker, bits: int) -> Iterator
         copied = bool(drafted)
         if copied:
             beliefs = [None] * len(drafted)
-        elif narrow.pays():
-            drafted, beliefs = narrow.draft(session, most, pick)
+        elif worth := narrow.worth():
+            drafted, beliefs = narrow.draft(session, min(most, worth), pick)
         place = session.passed  # of the one token of the text that has passed neither reader
         logits = session.read([session.ids[-1], *drafted], place, last=len(drafted) + 1)
         stood, following = pick.verify(drafted, beliefs, logits)

@@ -1,8 +1,9 @@
-"""The on-disk format, version 1 (docs/FORMAT.md is normative): write, open lazily, verify, describe.
+"""The on-disk format, versions 1 and 2 (docs/FORMAT.md is normative): write, open lazily, verify, describe.
 
 files.py      bounded reads, safe names, sha256, MANIFEST.json
-format.py     what stands in a version 1 checkpoint: config keys, tensor names, shapes, dtypes, allowed values
+format.py     what stands in a checkpoint: config keys, tensor names, shapes, dtypes, allowed values
 writing.py    module_tensors, quantization_config, write
+opening.py    what headers and JSON tell: files, planes, shapes
 reading.py    Checkpoint: headers first, tensors on demand
 choosing.py   which widths to read and to hold
 checking.py   verify and describe

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +10,7 @@ from matquant.checkpoint.files import MANIFEST, MAX_PLAN_BYTES, PICKLES, Manifes
 from matquant.checkpoint.format import family, suffixes
 from matquant.checkpoint.reading import Checkpoint
 from matquant.errors import CheckpointError, InputError, MatquantError, MissingPlanesError
-from matquant.plan import BitPlan, Layout, Shape
+from matquant.plan import BitPlan, Layout, Shape, Table
 from matquant.recipe import Recipe
 
 T = TypeVar("T")
@@ -73,8 +72,9 @@ def _plane_problems(checkpoint: Checkpoint) -> list[str]:
 
 def _value_problems(checkpoint: Checkpoint) -> list[str]:
     problems: list[str] = []
-    for name in checkpoint.modules:
-        for suffix in suffixes(checkpoint.layout):
+    layouts = dict.fromkeys(checkpoint.modules, checkpoint.layout) | {name: table.layout for name, table in checkpoint.tables.items()}
+    for name, layout in layouts.items():
+        for suffix in suffixes(layout):
             tensor = f"{name}.{suffix}"
             if tensor not in checkpoint.index or checkpoint.index[tensor] in checkpoint.missing:
                 continue
@@ -105,13 +105,14 @@ class Description:
 
     planes: leading planes here. widths: readable with them. missing: weight files not here. bits: the default read.
     file_bytes: width -> bytes that a reader of it must fetch; without widths whose files are neither here nor in
-    MANIFEST.json. parameters: of the model, unquantized ones included; quantized: those in quantized modules.
+    MANIFEST.json. parameters: of the model, unquantized ones included; quantized: those in quantized modules, tables not counted.
     recipe: None if config.json has none that this matquant understands.
     """
 
     folder: Path
     layout: Layout
     modules: Mapping[str, Shape]
+    tables: Mapping[str, Table]
     not_converted: tuple[str, ...]
     bits: int
     planes: int
@@ -142,13 +143,14 @@ def describe(folder: Path | str) -> Description:
         folder=checkpoint.folder,
         layout=checkpoint.layout,
         modules=checkpoint.modules,
+        tables=checkpoint.tables,
         not_converted=checkpoint.not_converted,
         bits=checkpoint.bits,
         planes=checkpoint.planes,
         widths=checkpoint.widths,
         missing=checkpoint.missing,
         file_bytes=_file_bytes(checkpoint),
-        parameters=quantized + sum(prod(shape) for shape in checkpoint.base_shapes.values()),
+        parameters=quantized + checkpoint.other_weights,
         quantized=quantized,
         plans=checkpoint.plans,
         recipe=recipe,

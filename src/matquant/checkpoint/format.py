@@ -1,4 +1,4 @@
-"""What stands in a version 1 checkpoint: config keys, tensor names, shapes, dtypes and allowed values.
+"""What stands in a checkpoint of version 1 or 2: config keys, tensor names, shapes, dtypes and allowed values.
 
 One quantized module NAME of a c-bit parent with in input channels and g groups a row, and what each tensor is for:
 
@@ -7,6 +7,8 @@ One quantized module NAME of a c-bit parent with in input channels and g groups 
     NAME.scale              float [out, g]                  of the parent grid, positive
     NAME.zero               uint8 [out, g]                  asymmetric grids only: 0 .. 2^c - 1
     NAME.scale.R, .zero.R   uint8 [out, g]                  the refit of width R: k 1 .. 255 and u of codes.refit_affine
+
+A table (an embedding or output head, version 2) has the same tensors but for refits, with a grid of its own and all of them in the base family.
 
 `need` of a tensor is how many planes a reader holds when the tensor becomes useful; it decides the shard family.
 """
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from matquant.codes import Grid, Slicing, check_rule, planes_needed
 from matquant.errors import CheckpointError, InputError, RecipeError, choices
-from matquant.plan import SCALE_BITS, Layout, Shape
+from matquant.plan import SCALE_BITS, Layout, Shape, Table
 
-QUANT_METHOD, VERSION = "matquant", 1
+QUANT_METHOD = "matquant"
+VERSIONS = (1, 2)  # 2: with tables
+BASE, OF_TABLE = 0, 1  # `need` of a tensor of no module, and of a table
 RESERVED = ("weight", "plane", "scale", "zero")
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # of scales: torch's name -> safetensors'
 
@@ -35,12 +39,20 @@ STORED = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What config.json says about the tensors. inputs: module name -> input channels. bits: the default read width."""
+    """What config.json says about the tensors. inputs: of modules and tables, name -> input channels. bits: the default read width.
+
+    tables: name -> layout of its own.
+    """
 
     layout: Layout
     inputs: Mapping[str, int]
     bits: int
     not_converted: tuple[str, ...]
+    tables: Mapping[str, Layout]
+
+    @property
+    def modules(self) -> list[str]:
+        return [name for name in self.inputs if name not in self.tables]
 
 
 def parse_config(config: Mapping[str, Any], source: str) -> Spec:
@@ -49,8 +61,8 @@ def parse_config(config: Mapping[str, Any], source: str) -> Spec:
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         raise InputError(f"{source} describes no matquant checkpoint; quantize the model first (matquant quantize)")
     version = section.get("format_version")
-    if type(version) is not int or version != VERSION:
-        raise CheckpointError(f"{source}: format_version is {version!r}; this matquant reads version {VERSION}; install a newer matquant")
+    if type(version) is not int or version not in VERSIONS:
+        raise CheckpointError(f"{source}: format_version is {version!r}; this matquant reads versions 1 and 2; install a newer matquant")
     get = _Keys(section, source)
     slicing, scale_dtype = get.one(str, "slicing"), get.one(str, "scale_dtype")
     if scale_dtype not in SCALE_BITS:
@@ -72,7 +84,34 @@ def parse_config(config: Mapping[str, Any], source: str) -> Spec:
     if not widths or not set(refits) <= set(widths) or get.one(int, "bits") not in widths:
         raise CheckpointError(f"{source}: widths {list(widths)} must hold bits ({section['bits']}) and every one of refit_widths {list(refits)}")
     layout = Layout(grid, cast(Slicing, slicing), widths, refits, scale_dtype)
-    return Spec(layout, inputs, section["bits"], tuple(skipped))
+    tables = _tables(section, layout, source)
+    if both := sorted(inputs.keys() & tables.keys()):
+        raise CheckpointError(f"{source}: {both[0]} is a module and a table; it can be one only")
+    of_tables = {name: table.shape.in_features for name, table in tables.items()}
+    return Spec(layout, inputs | of_tables, section["bits"], tuple(skipped), {name: table.layout for name, table in tables.items()})
+
+
+def _tables(section: Mapping[str, Any], layout: Layout, source: str) -> dict[str, Table]:
+    """Raises CheckpointError. The shapes lack their rows: those stand in the tensors."""
+    found = section.get("tables")
+    if section["format_version"] == 1:
+        if found is not None:
+            raise CheckpointError(f"{source}: format_version is 1, but there are tables, which came with version 2; one of them was edited")
+        return {}
+    if not isinstance(found, dict) or not found or not all(isinstance(table, dict) for table in found.values()):
+        raise CheckpointError(f"{source}: tables must map each quantized embedding or head to its bits, group_size and in")
+    tables: dict[str, Table] = {}
+    for name, table in found.items():
+        get = _Keys(table, f"{source}: table {name}")
+        bits, size, count = (get.one(int, key) for key in ("bits", "group_size", "in"))
+        if not 0 < count < 2**31:
+            raise CheckpointError(f"{source}: table {name}: in is {count}; allowed: 1 to 2^31 - 1")
+        try:
+            tables[name] = Table.of(Shape(0, count), bits, size, layout.grid.symmetric, layout.scale_dtype)
+            tables[name].layout.grid.groups(count)
+        except RecipeError as error:
+            raise CheckpointError(f"{source}: table {name}: {str(error).replace('parent_bits', 'bits')}") from None
+    return tables
 
 
 @dataclass(frozen=True)
@@ -118,15 +157,20 @@ def owner_of(tensor: str, modules: Collection[str]) -> str | None:
     return owner if kind in RESERVED and owner in modules else None
 
 
-def needs(names: Iterable[str], layout: Layout, modules: Collection[str]) -> dict[str, int]:
-    """`need` of every tensor; 0 for what is not quantized. Raises CheckpointError for a name that a module must not have."""
-    known, result = suffixes(layout), dict[str, int]()
+def needs(names: Iterable[str], spec: Spec) -> dict[str, int]:
+    """`need` of every tensor. Raises CheckpointError for a name that a module or a table must not have."""
+    known, result = suffixes(spec.layout), dict[str, int]()
     for name in names:
-        owner = owner_of(name, modules)
-        suffix = "" if owner is None else name[len(owner) + 1 :]
-        if suffix and suffix not in known:
-            raise CheckpointError(f"extra tensor {name!r}: module {owner!r} of this checkpoint has {', '.join(known)} only")
-        result[name] = known[suffix] if suffix else 0
+        owner = owner_of(name, spec.inputs)
+        if owner is None:
+            result[name] = BASE
+            continue
+        own = dict.fromkeys(suffixes(spec.tables[owner]), OF_TABLE) if owner in spec.tables else known
+        suffix = name[len(owner) + 1 :]
+        if suffix not in own:
+            kind = "table" if owner in spec.tables else "module"
+            raise CheckpointError(f"extra tensor {name!r}: {kind} {owner!r} of this checkpoint has {', '.join(own)} only")
+        result[name] = own[suffix]
     return result
 
 
@@ -135,10 +179,12 @@ def family(need: int) -> str:
     return "base" if need <= 2 else f"plane{need - 1}"
 
 
-def missing_of(needs_here: Mapping[str, int], layout: Layout, modules: Iterable[str], planes: int) -> list[str]:
-    """The tensors that the first `planes` planes of every module call for and that `needs_here` does not name."""
-    wanted = [suffix for suffix, need in suffixes(layout).items() if need <= planes]
-    return [f"{name}.{suffix}" for name in modules for suffix in wanted if f"{name}.{suffix}" not in needs_here]
+def missing_of(needs_here: Mapping[str, int], spec: Spec, planes: int) -> list[str]:
+    """The tensors that tables, and the first `planes` planes of every module, call for and that `needs_here` does not name."""
+    wanted = [suffix for suffix, need in suffixes(spec.layout).items() if need <= planes]
+    called = [f"{name}.{suffix}" for name in spec.modules for suffix in wanted]
+    called += [f"{name}.{suffix}" for name, layout in spec.tables.items() for suffix in suffixes(layout)]
+    return [tensor for tensor in called if tensor not in needs_here]
 
 
 # --- shapes and values ----------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ otherwise; that costs one pass over bytes that are about to be read anyway (1.7 
 Files of planes that a width does not need are never read, hashed or not.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,39 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from matquant.checkpoint.files import (
-    CONFIG,
-    INDEX,
-    MANIFEST,
-    MAX_BYTES,
-    PICKLES,
-    SINGLE,
-    Manifest,
-    locate,
-    parse_json,
-    present,
-    read_bytes,
-    safe_name,
-    walk,
-)
-from matquant.checkpoint.format import STORED, Spec, expected, missing_of, needs, owner_of, parse_config, value_problem
+from matquant.checkpoint.files import CONFIG, MANIFEST, Manifest, locate, present, walk
+from matquant.checkpoint.format import BASE, STORED, needs, parse_config, value_problem
+from matquant.checkpoint.opening import check_recipe, open_files, planes_here, read_json, shapes_of
 from matquant.codes import planes_needed
 from matquant.errors import CheckpointError, InputError, MatquantError, MissingPlanesError, PlanError, choices
 from matquant.packing import unpack_planes
-from matquant.plan import Layout, Shape
+from matquant.plan import Layout, Shape, Table
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight, Refit
-
-MAX_TENSORS = 200_000
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened folder. planes: how many leading planes of every module are here. missing: weight files that are not.
 
+    tables: embeddings and heads that are stored quantized; no part of any plan.
     index: tensor -> file, of the whole checkpoint. manifest: None if there is none, or under checksums=False.
     """
 
@@ -56,6 +41,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     layout: Layout
     modules: Mapping[str, Shape]
+    tables: Mapping[str, Table]
     planes: int
     bits: int
     not_converted: tuple[str, ...]
@@ -80,15 +66,19 @@ class Checkpoint:
         if not present(folder, CONFIG):
             raise InputError(f"{folder} has no {CONFIG}, so it is no checkpoint; give the folder that matquant quantize wrote")
         manifest = Manifest.load(folder) if checksums else None
-        config = _json(folder, CONFIG, manifest)
+        config = read_json(folder, CONFIG, manifest)
         spec = parse_config(config, str(folder / CONFIG))
-        _check_recipe(config["quantization_config"], str(folder / CONFIG))
-        index, handles = _open_files(folder, manifest)
-        need = needs(index, spec.layout, spec.inputs)
+        check_recipe(config["quantization_config"], str(folder / CONFIG))
+        index, handles = open_files(folder, manifest)
+        need = needs(index, spec)
         missing = tuple(sorted(set(index.values()) - set(handles)))
-        planes = _planes_here(spec, index, need, missing)
-        modules = _shapes(spec, index, need, handles)
-        return Checkpoint(folder, config, spec.layout, modules, planes, spec.bits, spec.not_converted, index, missing, manifest, need, handles, set())
+        planes = planes_here(spec, index, need, missing)
+        shapes = shapes_of(spec, index, need, handles)
+        modules = {name: shapes[name] for name in spec.modules}
+        tables = {name: Table(shapes[name], layout) for name, layout in spec.tables.items()}
+        return Checkpoint(
+            folder, config, spec.layout, modules, tables, planes, spec.bits, spec.not_converted, index, missing, manifest, need, handles, set()
+        )
 
     # --- what is offered ------------------------------------------------------------------------------------------
 
@@ -101,7 +91,7 @@ class Checkpoint:
     def recipe(self) -> Recipe:
         """How it was made. Raises CheckpointError if config.json has no recipe, or one of another matquant."""
         try:
-            return Recipe.from_dict(self.config["quantization_config"]["recipe"])
+            return Recipe.of_record(self.config["quantization_config"]["recipe"])
         except (KeyError, MatquantError, ArithmeticError) as error:
             raise CheckpointError(f"{self.folder / CONFIG} has no recipe that this matquant understands: {error}") from None
 
@@ -140,21 +130,36 @@ class Checkpoint:
             wanted = (bits,) if isinstance(bits, int) else bits
             self.check_widths(*wanted)
             planes, refits = self._planes_for(max(wanted)), [r for r in self.layout.refit_widths if r in wanted]
-        return nested_weight(lambda suffix: self._value(name, suffix), self.layout, self.modules[name].in_features, planes, refits)
+        return nested_weight(lambda suffix: self.value(name, suffix), self.layout, self.modules[name].in_features, planes, refits)
+
+    def table(self, name: str) -> NestedWeight:
+        """A table, read at its own width only. Raises CheckpointError."""
+        found = self.tables[name]
+        return nested_weight(lambda suffix: self.value(name, suffix), found.layout, found.shape.in_features, found.bits, ())
 
     @property
     def base(self) -> "BaseTensors":
-        """Lazy: the tensors that are not quantized."""
+        """Lazy: the tensors of no module and no table."""
         return BaseTensors(self)
 
     @property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that are not quantized, from the headers."""
+        """Their shapes, from the headers."""
         return {name: tuple(self._handles[self.index[name]].get_slice(name).get_shape()) for name in self.base}
 
     @property
+    def other_weights(self) -> int:
+        """Numbers of the model outside of its modules."""
+        return sum(map(prod, self.base_shapes.values())) + sum(table.shape.weights for table in self.tables.values())
+
+    @property
+    def other_bytes(self) -> int:
+        """What they take, tables as they are stored."""
+        return self.base_bytes + sum(table.stored_bytes for table in self.tables.values())
+
+    @property
     def base_bytes(self) -> int:
-        """Of the tensors that are not quantized, from the headers."""
+        """Their bytes, from the headers."""
         slices = {name: self._handles[self.index[name]].get_slice(name) for name in self.base}
         return sum(prod(found.get_shape()) * STORED[found.get_dtype()].itemsize for found in slices.values())
 
@@ -200,11 +205,16 @@ class Checkpoint:
 
     def problem(self, name: str, suffix: str) -> str | None:
         """What is wrong with the values of NAME.suffix; None if nothing is."""
-        return value_problem(suffix, self.tensor(f"{name}.{suffix}"), self.modules[name].in_features, self.layout)
+        return self._problem(name, suffix, self.tensor(f"{name}.{suffix}"))
 
-    def _value(self, name: str, suffix: str) -> Tensor:
+    def _problem(self, name: str, suffix: str, tensor: Tensor) -> str | None:
+        of = self.tables.get(name) or Table(self.modules[name], self.layout)
+        return value_problem(suffix, tensor, of.shape.in_features, of.layout)
+
+    def value(self, name: str, suffix: str) -> Tensor:
+        """One tensor of a module or table as a copy, its values checked. Raises as `tensor`."""
         tensor = self.rows(f"{name}.{suffix}")
-        if problem := value_problem(suffix, tensor, self.modules[name].in_features, self.layout):
+        if problem := self._problem(name, suffix, tensor):
             raise CheckpointError(f"{self.folder}: {name}.{suffix} {problem}; the checkpoint is damaged, fetch it again")
         return tensor
 
@@ -269,7 +279,7 @@ class BaseTensors(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._names = dict.fromkeys(sorted(name for name, need in checkpoint._needs.items() if need == 0))
+        self._names = dict.fromkeys(sorted(name for name, need in checkpoint._needs.items() if need == BASE))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -281,119 +291,3 @@ class BaseTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-# --- opening --------------------------------------------------------------------------------------------------------
-
-
-def _json(folder: Path, name: str, manifest: Manifest | None) -> dict[str, Any]:
-    content = read_bytes(folder, name, MAX_BYTES[name])
-    if manifest is not None:
-        manifest.check_bytes(folder, name, content)
-    return parse_json(content, str(folder / name))
-
-
-def _check_recipe(section: Mapping[str, Any], source: str) -> None:
-    """The recipe is provenance: nothing is read by it, but it must be the one whose hash stands beside it."""
-    if "recipe" not in section and "recipe_hash" not in section:
-        return
-    try:
-        digest = hashlib.sha256(json.dumps(section.get("recipe"), sort_keys=True).encode()).hexdigest()
-    except RecursionError:
-        raise CheckpointError(f"{source}: the recipe is nested too deeply") from None
-    if not isinstance(section.get("recipe"), dict) or section.get("recipe_hash") != digest:
-        raise CheckpointError(f"{source}: recipe_hash is not the hash of recipe ({digest}); one of them was edited")
-
-
-def _open_files(folder: Path, manifest: Manifest | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """(tensor -> file of the whole checkpoint, file -> open handle of those here), names in headers compared with the index."""
-    stray = {path.name for path in folder.glob("*.safetensors")}
-    if present(folder, INDEX):
-        if present(folder, SINGLE):
-            raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}; loaders disagree on which counts, so delete the one that is not meant")
-        index = _weight_map(_json(folder, INDEX, manifest), str(folder / INDEX))
-    elif present(folder, SINGLE):
-        index = dict.fromkeys(_open_file(folder, SINGLE, manifest).keys(), SINGLE)
-    else:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        why = f"{', '.join(pickles)} may be pickle files, which are never opened" if pickles else "nothing to read"
-        raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE} ({why}); weights must be safetensors files")
-    files = sorted(set(index.values()))
-    if extra := sorted(stray - set(files)):
-        raise CheckpointError(f"{folder} holds {', '.join(extra)}, which {INDEX} does not list; delete what does not belong")
-    handles = {file: _open_file(folder, file, manifest) for file in files if present(folder, file)}
-    for file, handle in handles.items():
-        _check_names(folder / file, handle.keys(), index)
-    found = {name for handle in handles.values() for name in handle.keys()}  # noqa: SIM118  (a handle is no mapping)
-    if lost := sorted(name for name, file in index.items() if file in handles and name not in found):
-        raise CheckpointError(f"{folder}: tensor {lost[0]!r} is missing from {index[lost[0]]} ({len(lost)} missing in all); fetch the folder again")
-    return index, handles
-
-
-def _weight_map(data: Mapping[str, Any], source: str) -> dict[str, str]:
-    found = data.get("weight_map")
-    if not isinstance(found, dict) or not found or len(found) > MAX_TENSORS:
-        raise CheckpointError(f"{source} must have a weight_map of 1 to {MAX_TENSORS} tensors")
-    for name, file in found.items():
-        if not safe_name(file, depth=1) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{source} puts {name!r} into {file!r}; allowed: names of .safetensors files in the same folder")
-    return found
-
-
-def _open_file(folder: Path, file: str, manifest: Manifest | None) -> Any:
-    path = locate(folder, file)
-    entry = manifest.files.get(file) if manifest else None
-    if manifest and (entry is None or entry.size != path.stat().st_size):
-        raise CheckpointError(manifest.problem(folder, file) or f"{path} changed while it was opened")
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-        with path.open("rb") as content:
-            start = content.read(4)
-        kind = "a pickle file, which is never opened" if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05") else "damaged or half-fetched"
-        raise CheckpointError(f"{path} is not a safetensors file ({error}): it is {kind}; fetch it again") from None
-
-
-def _check_names(path: Path, names: Iterable[str], index: Mapping[str, str]) -> None:
-    for name in names:
-        if name not in index:
-            raise CheckpointError(f"{path} holds tensor {name!r}, which {INDEX} does not list")
-        if index[name] != path.name:
-            raise CheckpointError(f"tensor {name!r} stands in {path}, but {INDEX} puts it into {index[name]}: a duplicate or a misplaced tensor")
-
-
-def _planes_here(spec: Spec, index: Mapping[str, str], need: Mapping[str, int], missing: tuple[str, ...]) -> int:
-    """Leading planes of every module that are here. Raises CheckpointError if planes 0-1, or tensors of one module only, are missing."""
-    declared = max(2, *need.values())
-    if lost := missing_of(need, spec.layout, spec.inputs, declared):
-        raise CheckpointError(f"tensor {lost[0]!r} is missing ({len(lost)} missing in all); every module must have the same planes and refits")
-    here = {name: n for name, n in need.items() if index[name] not in missing}
-    if gone := [name for name, n in need.items() if n <= 2 and name not in here]:
-        raise CheckpointError(f"{index[gone[0]]} is missing, which holds {gone[0]!r}; no width can be read without it, fetch it")
-    planes = 2
-    while planes < declared and not missing_of(here, spec.layout, spec.inputs, planes + 1):
-        planes += 1
-    return planes
-
-
-def _shapes(spec: Spec, index: Mapping[str, str], need: Mapping[str, int], handles: Mapping[str, Any]) -> dict[str, Shape]:
-    """The shape of every module, each header entry held against config.json. Raises CheckpointError."""
-    by_module: dict[str, list[str]] = {name: [] for name in spec.inputs}
-    for tensor, n in need.items():
-        if n and index[tensor] in handles:
-            by_module[str(owner_of(tensor, by_module))].append(tensor)
-    modules: dict[str, Shape] = {}
-    for name, tensors in by_module.items():
-        tensors.sort(key=lambda tensor: not tensor.endswith(".weight"))  # it tells out, so its own fault is named first
-        header = {tensor: handles[index[tensor]].get_slice(tensor) for tensor in tensors}
-        found = header[f"{name}.weight"].get_shape()
-        shape = Shape(found[1] if len(found) == 3 else 0, spec.inputs[name])
-        for tensor, entry in header.items():
-            wanted = expected(tensor[len(name) + 1 :], shape, spec.layout)
-            actual = (entry.get_dtype(), list(entry.get_shape()))
-            if actual != wanted or shape.out < 1:
-                raise CheckpointError(
-                    f"{index[tensor]}: {tensor} is {actual[0]} {actual[1]}; {shape.in_features} input channels ask for {wanted[0]} {wanted[1]}"
-                )
-        modules[name] = shape
-    return modules

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from matquant.checkpoint.files import CONFIG, INDEX, MANIFEST, MAX_BYTES, PICKLES, Manifest, replace_whole, safe_name, walk
-from matquant.checkpoint.format import QUANT_METHOD, VERSION, family, needs, parse_config, value_problem
+from matquant.checkpoint.format import QUANT_METHOD, family, needs, parse_config, value_problem
 from matquant.checkpoint.reading import Checkpoint
 from matquant.errors import CheckpointError, InputError, ResourceError
-from matquant.plan import Layout, Shape
+from matquant.plan import Layout, Shape, Table
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight
 
@@ -48,12 +48,22 @@ def module_tensors(name: str, weight: NestedWeight) -> dict[str, Tensor]:
     return {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in parts.items()}
 
 
-def quantization_config(recipe: Recipe, modules: Mapping[str, Shape], not_converted: Sequence[str], bits: int | None = None) -> dict[str, Any]:
-    """What config.json says under "quantization_config". bits: the default read, None = the widest. docs/FORMAT.md lists the keys."""
+def quantization_config(
+    recipe: Recipe, modules: Mapping[str, Shape], not_converted: Sequence[str], bits: int | None = None, tables: Mapping[str, Table] | None = None
+) -> dict[str, Any]:
+    """What config.json says under "quantization_config". bits: the default read, None = the widest. docs/FORMAT.md lists the keys.
+
+    The version is the lowest that says all of it, so that older readers read whatever they can.
+    """
     layout = recipe.layout
+    grids = {
+        name: {"bits": table.bits, "group_size": table.layout.grid.group_size, "in": table.shape.in_features}
+        for name, table in (tables or {}).items()
+    }
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": VERSION,
+        "format_version": 2 if grids else 1,
+        **({"tables": grids} if grids else {}),
         "parent_bits": layout.grid.bits,
         "slicing": layout.slicing,
         "overlap": layout.grid.overlap,
@@ -127,7 +137,7 @@ def writing_error(error: BaseException, place: Path, advice: str) -> BaseExcepti
 
 def _fill(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], files: Mapping[str, bytes], limit: int) -> None:
     spec = parse_config(config, CONFIG)
-    need = needs(tensors, spec.layout, spec.inputs)
+    need = needs(tensors, spec)
     weight_map: dict[str, str] = {}
     total = 0
     for label in sorted({family(n) for n in need.values()}):

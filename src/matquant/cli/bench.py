@@ -22,7 +22,7 @@ def bench(
     new_tokens: int = typer.Option(32, min=2, help="tokens to add"),
     repeats: int = typer.Option(3, min=1, help="measurements of each number; medians are shown"),
     threads: int | None = THREADS,
-    head_bits: int = HEAD,
+    head_bits: int | None = HEAD,
     memory: bool = typer.Option(True, "--memory/--no-memory", help="measure peak memory too: a process for each width"),
     plot: Path | None = typer.Option(None, metavar="FILE", help="draw tokens/s by width as FILE.svg or FILE.png", show_default=False),
     as_json: bool = JSON,
@@ -79,10 +79,17 @@ def tell(found: "Benchmark") -> None:
     show.draw(Table(["bits", "decode tokens/s", "prefill tokens/s", "GB/s of weights", "of bandwidth", "peak memory"], rows))
     if found.drafts:
         lines = [
-            [f"{row.bits} by {row.draft_bits}", f"{row.decode:.1f}", f"{row.speedup:.2f}", f"{row.acceptance:.0%}", f"{row.tokens_per_pass:.2f}"]
+            [
+                f"{row.bits} by {row.draft_bits}",
+                f"{row.decode:.1f}",
+                f"{row.speedup:.2f}",
+                f"{row.acceptance:.0%}",
+                f"{row.repeated:.0%}",
+                f"{row.tokens_per_pass:.2f}",
+            ]
             for row in found.drafts
         ]
-        show.draw(Table(["drafted", "decode tokens/s", "speed-up", "accepted", "tokens/pass"], lines))
+        show.draw(Table(["drafted", "decode tokens/s", "speed-up", "accepted", "copied", "tokens/pass"], lines))
     counts = f"{found.prompt_tokens} tokens of prompt, {found.new_tokens} new ones, medians of {found.repeats}"
     show.say(
         f"{found.threads} threads, {found.isa}; {counts}; the head at {found.head_bits} bits",

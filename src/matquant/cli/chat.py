@@ -32,7 +32,7 @@ def chat(
     temperature: float = typer.Option(0.7, min=0.0, help="0 = greedy"),
     seed: int = typer.Option(0, help="of sampling"),
     threads: int | None = THREADS,
-    head_bits: int = HEAD,
+    head_bits: int | None = HEAD,
 ) -> None:
     """Talk with a model, at widths that may change from turn to turn."""
     from matquant.cli import run, show, writing
@@ -165,7 +165,8 @@ class Chat:
             f"last reply: {behind} tokens read, {made} written, {made / seconds if seconds else 0:.1f} tokens/s",
         ]
         if self.draft is not None:
-            lines.append(drafting(self.draft, engine.speculation.acceptance, engine.speculation.per_pass))
+            done = engine.speculation
+            lines.append(drafting(self.draft, done.acceptance, done.repeated, done.per_pass))
         return "".join(f"{line}\n" for line in lines)
 
 

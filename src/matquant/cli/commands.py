@@ -95,7 +95,7 @@ def generate(
     temperature: float = typer.Option(0.0, min=0.0, help="0 = greedy"),
     seed: int = typer.Option(0, help="of sampling"),
     threads: int | None = THREADS,
-    head_bits: int = HEAD,
+    head_bits: int | None = HEAD,
     device: str = DEVICE,
     dtype: str = DTYPE,
     as_json: bool = JSON,

@@ -15,4 +15,5 @@ PLANS = typer.Option(None, "--plan", metavar="PLAN", help=PLAN_HELP + "; may be 
 BITS = typer.Option(None, help="read width", show_default="the checkpoint's")
 DRAFT = typer.Option(None, "--draft-bits", help="self-speculation: draft at this width, verify at the one that is read", show_default=False)
 THREADS = typer.Option(None, min=1, help="threads to compute with", show_default="torch's: OMP_NUM_THREADS, or one a core")
-HEAD = typer.Option(8, "--head-bits", min=2, max=8, help="of a head that is not quantized: rounded to this width when it is loaded (engine)")
+HEAD_HELP = "of a head that is not quantized: rounded to this width when it is loaded (engine)"
+HEAD = typer.Option(None, "--head-bits", min=2, max=8, help=HEAD_HELP, show_default="8, or the width that it is stored in")

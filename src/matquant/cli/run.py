@@ -78,9 +78,9 @@ def load_tokenizer(folder: str) -> Any:
 def plan_label(bits: "int | BitPlan | None", model: Any) -> int | str:
     """The width, or the plan in words; what the checkpoint chose where nothing was asked for."""
     if bits is None:
-        from matquant.linear import NestedLinear
+        from matquant import hf
 
-        return next(module.bits for module in model.modules() if isinstance(module, NestedLinear))
+        return next(iter(hf.layers_of(model).values())).bits
     return bits if isinstance(bits, int) else bits.label
 
 

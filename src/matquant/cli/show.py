@@ -18,6 +18,7 @@ from matquant import doctor
 from matquant.checkpoint import Description
 from matquant.cli.writing import Completion
 from matquant.evaluate import Protocol, Row
+from matquant.plan import Table as Stored
 from matquant.report import Report, Table, layer_rows, overflow_words, quality_rows, size, skipped_rows, tuned_words
 
 if TYPE_CHECKING:
@@ -71,9 +72,16 @@ def description(found: Description, as_json: bool) -> None:
         *[f"missing: {name}" for name in found.missing],
     )
     draw(Table(["bits", "bits/weight", "to fetch", "readable here"], lines))
+    say(*[_table_line(name, table) for name, table in found.tables.items()])
     say(f"not quantized: {', '.join(found.not_converted) or 'nothing inside the blocks'}", f"plans: {', '.join(found.plans) or 'none'}")
     if found.recipe is not None:
         say(f"recipe {found.recipe.hash[:12]}: method {found.recipe.method}, calibration {found.recipe.calibration}, seed {found.recipe.seed}")
+
+
+def _table_line(name: str, table: Stored) -> str:
+    size_ = table.layout.grid.group_size
+    groups = "one scale a row" if size_ == -1 else f"groups of {size_}"
+    return f"table {name}: {table.shape.out} x {table.shape.in_features} at {table.bits} bits, {groups}, {size(table.stored_bytes)}; read so at every width"
 
 
 def _description_dict(found: Description) -> dict[str, Any]:
@@ -94,6 +102,10 @@ def _description_dict(found: Description) -> dict[str, Any]:
         "parameters": found.parameters,
         "quantized": found.quantized,
         "modules": {name: [shape.out, shape.in_features] for name, shape in found.modules.items()},
+        "tables": {
+            name: {"shape": [table.shape.out, table.shape.in_features], "bits": table.bits, "group_size": table.layout.grid.group_size}
+            for name, table in found.tables.items()
+        },
         "not_converted": list(found.not_converted),
         "plans": list(found.plans),
         "recipe": None if found.recipe is None else found.recipe.to_dict(),
@@ -127,12 +139,15 @@ def completion(result: Completion, as_json: bool) -> None:
     rate = f", {result.tokens / result.seconds:.1f} tokens/s" if result.seconds else ""
     sys.stderr.write(f"{result.bits} bits: {result.tokens} tokens in {result.seconds:.1f} s{rate}\n")
     if result.draft_bits is not None:
-        sys.stderr.write(drafting(result.draft_bits, result.acceptance, result.tokens_per_pass) + "\n")
+        sys.stderr.write(drafting(result.draft_bits, result.acceptance, result.repeated, result.tokens_per_pass) + "\n")
 
 
-def drafting(bits: int, acceptance: float | None, per_pass: float | None) -> str:
+def drafting(bits: int, acceptance: float | None, repeated: float | None, per_pass: float | None) -> str:
     """What drafting brought, in words."""
-    return f"drafted at {bits} bits: {acceptance or 0:.0%} accepted, {per_pass or 0:.2f} tokens a pass of the verifier"
+    return (
+        f"drafted at {bits} bits: {acceptance or 0:.0%} accepted, {repeated or 0:.0%} of the text copied from itself, "
+        f"{per_pass or 0:.2f} tokens a pass of the verifier"
+    )
 
 
 def facts(found: Mapping[str, Any], as_json: bool) -> None:

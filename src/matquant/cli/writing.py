@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Completion:
     """bits: the width, or what tables call the plan. seconds: of generation alone, loading not counted. engine: whether the engine wrote it.
 
-    acceptance: share of drafted tokens that the verifier accepted. tokens_per_pass: of the verifier. Both None without drafts.
+    acceptance: share of the tokens drafted at draft_bits that the verifier accepted. repeated: share of all tokens that were drafted from the text
+    itself. tokens_per_pass: of the verifier. All None without drafts.
     """
 
     bits: int | str
@@ -31,6 +32,7 @@ class Completion:
     engine: bool = False
     draft_bits: int | None = None
     acceptance: float | None = None
+    repeated: float | None = None
     tokens_per_pass: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +49,7 @@ class Where:
     device: str
     dtype: str
     threads: int | None
-    head_bits: int
+    head_bits: int | None
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def by_engine(engine: "Engine", tokenizer: Any, prompt: str, how: How, draft: in
     seconds = time.perf_counter() - started
     tell(words.rest())
     done = engine.speculation
-    drafted = {} if draft is None else {"draft_bits": draft, "acceptance": round(done.acceptance, 4), "tokens_per_pass": round(done.per_pass, 3)}
+    shares = {"acceptance": round(done.acceptance, 4), "repeated": round(done.repeated, 4), "tokens_per_pass": round(done.per_pass, 3)}
+    drafted = {} if draft is None else {"draft_bits": draft} | shares
     label = engine.plan.label
     text = tokenizer.decode(words.ids, skip_special_tokens=True)
     return Completion(int(label) if label.isdigit() else label, prompt, text, len(words.ids), round(seconds, 3), True, **drafted)

@@ -136,7 +136,7 @@ class Stepper:
     ) -> Float[Tensor, "wanted words"]:
         """Logits of some rows. x: embeddings. words: of the vocabulary, the first so many (None: all). Each token's keys and values go to its place in `cache`, over what was there.
 
-        Raises InputError for a place that the cache has not, MissingPlanesError for a width that was not packed.
+        Raises InputError for a place that the cache has not or a row that is none, MissingPlanesError for a width that was not packed.
         """
         x = x.float().contiguous()
         of_sequence, of_position, of_rows = (part.to(torch.int32).contiguous() for part in (sequence, position, rows))
@@ -150,5 +150,7 @@ class Stepper:
             raise MissingPlanesError("a layer was not packed for the width it is to be read at; keep that width when the model is opened")
         if failed == 3:
             raise InputError(f"a token's place is outside the cache of {cache.keys.shape[1]} sequences of {cache.capacity} tokens; make it larger")
+        if failed == 4:
+            raise InputError(f"rows are {rows.tolist()}, and there are {len(x)}; choose from 0 to {len(x) - 1}")
         assert not failed, f"mq_step returned {failed}"
         return logits[:, :words]

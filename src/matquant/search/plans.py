@@ -72,10 +72,9 @@ def within(checkpoint: Checkpoint, measured: Sensitivity, bits: float, widths: t
 
 def model_of(checkpoint: Checkpoint, structure: Structure, widths: tuple[int, ...] | None = None) -> Model:
     """What budgets of this checkpoint are counted on. widths: to choose from; None = those here."""
-    other = sum(int(np.prod(shape, dtype=np.int64)) for shape in checkpoint.base_shapes.values())
     units = [unit.layers for unit in structure.units]
     layout = replace(checkpoint.layout, widths=checkpoint.widths if widths is None else widths)
-    return Model(units, checkpoint.modules, layout, other, checkpoint.base_bytes, structure.cache, structure.head)
+    return Model(units, checkpoint.modules, layout, checkpoint.other_weights, checkpoint.other_bytes, structure.cache, structure.head)
 
 
 def problem_of(model: Model, budget: Budget, losses: np.ndarray, pairs: Mapping[tuple[int, int], np.ndarray] | None = None) -> solve.Problem:

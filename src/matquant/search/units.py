@@ -37,7 +37,7 @@ class Unit:
 class Structure:
     """What a checkpoint's model computes, from one call.
 
-    cache: of each block, (numbers that it keeps of a token, tokens at most or None). head: weights of an output head that is not quantized.
+    cache: of each block, (numbers that it keeps of a token, tokens at most or None). head: weights of an output head that is not stored quantized.
     """
 
     units: tuple[Unit, ...]
@@ -131,8 +131,9 @@ def _call(model: Any, checkpoint: Checkpoint, device: torch.device) -> Structure
         for hook in hooks:
             hook.remove()
     head = model.get_output_embeddings()
-    free = not any(model.get_submodule(path) is head for path in paths)
-    return Structure(_group(list(checkpoint.modules), seen), _cache(output), head.weight.numel() if head is not None and free else 0)
+    own = [model.get_submodule(path) for path in (*paths, *(_path(model, name) for name in checkpoint.tables))]
+    free = head is not None and not any(module.weight is head.weight for module in own)
+    return Structure(_group(list(checkpoint.modules), seen), _cache(output), head.weight.numel() if free else 0)
 
 
 def _path(model: Any, name: str) -> str:

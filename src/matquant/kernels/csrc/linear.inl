@@ -17,7 +17,6 @@
 namespace {
 
 constexpr int FEW = MQ_UNROLL;       // rows of floats that are multiplied with one unpacking
-constexpr int MANY = 2 * MQ_UNROLL;  // of an unpacked group
 constexpr int AHEAD = 6;             // steps that planes are asked for before they are unpacked
 constexpr int PANEL = 96;            // that pass a tile before the next: their inputs stay in the second-level cache
 
@@ -71,44 +70,45 @@ inline float factor_of(const mq_weight &w, int bits) {
     return float(base >> (8 - bits));
 }
 
-// Adds the products of a step's words with one row of x.
-template <class V, Words OF>
-MQ_INLINE inline void multiply(const typename V::I *words, const int8_t *q, Sums<V, OF.width> &sums) {
+// Adds the products of a step's words with M rows of x, `apart` from each other.
+template <class V, Words OF, int M>
+MQ_INLINE inline void multiply(const typename V::I *words, const int8_t *q, int64_t apart, Sums<V, OF.width> *sums) {
     each<OF.count>([&](auto i) MQ_INLINE {
         each<OF.fields()>([&](auto f) MQ_INLINE {
             // how far down the field is moved, and how far too high it is multiplied
             constexpr int AT = OF.width * f, DOWN = V::IN_PLACE ? 0 : AT / 4 * 4, UP = AT - DOWN, KIND = UP / OF.width;
             const auto codes = V::and_(moved<V, -DOWN>(words[i]), V::byte(OF.mask << UP));
-            sums.acc[KIND] = V::dot(sums.acc[KIND], codes, V::broadcast(q + 4 * OF.slot(i, f)));
+            each<M>([&](auto m) MQ_INLINE { sums[m].acc[KIND] = V::dot(sums[m].acc[KIND], codes, V::broadcast(q + m * apart + 4 * OF.slot(i, f))); });
         });
     });
 }
 
-// sum p q of a block of one tile, by nibbles.
-template <class V, int R>
-MQ_INLINE inline typename V::F block_of_nibbles(const Planes<V> &planes, int64_t column, int64_t columns, const int8_t *q, float factor) {
+// sum p q of a block of one tile and M rows of x, by nibbles.
+template <class V, int R, int M>
+MQ_INLINE inline void block_of_nibbles(const Planes<V> &planes, int64_t column, int64_t columns, const int8_t *q, float factor, typename V::F *to) {
     constexpr Words HIGH = high_words(R < 4 ? R : 4), LOW = low_words(R);
-    Sums<V, HIGH.width> high;
-    Sums<V, LOW.width> low;
-    high.clear(), low.clear();
+    Sums<V, HIGH.width> high[M];
+    Sums<V, LOW.width> low[M];
+    each<M>([&](auto m) MQ_INLINE { high[m].clear(), low[m].clear(); });
     for (int64_t at = 0; at < columns; at += STEP) {
         typename V::I words[4];
         planes.template prefetch<R>((column + at) / STEP + AHEAD);
         words_of_high<V, (R < 4 ? R : 4)>(planes, (column + at) / STEP, words);
-        multiply<V, HIGH>(words, q + at, high);
+        multiply<V, HIGH, M>(words, q + at, columns, high);
         if constexpr (R > 4) {
             words_of_low<V, R>(planes, (column + at) / STEP, words);
-            multiply<V, LOW>(words, q + at, low);
+            multiply<V, LOW, M>(words, q + at, columns, low);
         }
         if constexpr (!V::IN_PLACE) {
             const bool last = at + STEP >= columns;
-            if (HIGH.width == 4 || last) high.flush();
-            if (R > 4 && (LOW.width == 4 || last)) low.flush();
+            if (HIGH.width == 4 || last) each<M>([&](auto m) MQ_INLINE { high[m].flush(); });
+            if (R > 4 && (LOW.width == 4 || last)) each<M>([&](auto m) MQ_INLINE { low[m].flush(); });
         }
     }
-    auto sum = high.value();
-    if constexpr (R > 4) sum = V::fma(sum, V::set(factor), low.value());
-    return sum;
+    each<M>([&](auto m) MQ_INLINE {
+        to[m] = high[m].value();
+        if constexpr (R > 4) to[m] = V::fma(to[m], V::set(factor), low[m].value());
+    });
 }
 
 // sum p q of a block of one tile and M rows of x, of codes moved down to a byte each.
@@ -137,7 +137,7 @@ MQ_INLINE inline void block_of_bytes(const Planes<V> &planes, int64_t column, in
     each<M>([&](auto m) MQ_INLINE { sums[m] = V::to_float(CHAINS == 1 ? acc[0][m] : V::wide_add(acc[0][m], acc[CHAINS - 1][m])); });
 }
 
-// T tiles, `apart` from each other, times M rows of x from `row` on. More rows than one: whole bytes only.
+// T tiles, `apart` from each other, times M rows of x from `row` on.
 template <class V, int R, bool O, int T, int M>
 void tiles_and_rows(const mq_weight &w, const Inputs &x, const float *bias, float *y, int64_t row, int64_t tile, int64_t apart) {
     const Read read = read_of(w, R);
@@ -152,7 +152,7 @@ void tiles_and_rows(const mq_weight &w, const Inputs &x, const float *bias, floa
             const int8_t *q = x.q + (column / x.block * x.m + row) * x.block;
             each<T>([&](auto t) MQ_INLINE {
                 if constexpr (V::IN_PLACE && (R > 4 || M > 1)) block_of_bytes<V, R, O, M>(planes[t], column, x.block, q, of_block);
-                else of_block[0] = block_of_nibbles<V, R>(planes[t], column, x.block, q, factor);
+                else block_of_nibbles<V, R, M>(planes[t], column, x.block, q, factor, of_block);
                 each<M>([&](auto m) MQ_INLINE {
                     sums[t][m] = V::fma(of_block[m], V::set(x.step[(row + m) * (x.width / x.block) + column / x.block]), sums[t][m]);
                 });
@@ -252,9 +252,10 @@ template <class V, int T, int M>
 MQ_INLINE inline void block_of_codes(const uint8_t *codes, int64_t apart, int64_t columns, const int8_t *q, typename V::F (*sums)[M]) {
     const auto every = [](auto f) MQ_INLINE { each<T>([&](auto t) MQ_INLINE { each<M>([&](auto m) MQ_INLINE { f(t, m); }); }); };
     typename V::Wide total[T][M];
-    typename V::Acc acc[T][M];
-    every([&](auto t, auto m) MQ_INLINE { total[t][m] = V::wide_zero(), acc[t][m] = V::acc_zero(); });
+    every([&](auto t, auto m) MQ_INLINE { total[t][m] = V::wide_zero(); });
     for (int64_t at = 0; at < columns; at += STEP) {
+        typename V::Acc acc[T][M];
+        every([&](auto t, auto m) MQ_INLINE { acc[t][m] = V::start(total[t][m]); });
         each<SLOTS>([&](auto slot) MQ_INLINE {
             typename V::I c[T];
             each<T>([&](auto t) MQ_INLINE { c[t] = V::load(codes + t * apart + (at / STEP * SLOTS + slot) * V::BYTES); });
@@ -263,9 +264,8 @@ MQ_INLINE inline void block_of_codes(const uint8_t *codes, int64_t apart, int64_
                 each<T>([&](auto t) MQ_INLINE { acc[t][m] = V::dot(acc[t][m], c[t], four); });
             });
         });
-        if constexpr (V::NARROW) every([&](auto t, auto m) MQ_INLINE { total[t][m] = V::widen(total[t][m], acc[t][m]), acc[t][m] = V::acc_zero(); });
+        every([&](auto t, auto m) MQ_INLINE { total[t][m] = V::finish(total[t][m], acc[t][m]); });
     }
-    if constexpr (!V::NARROW) every([&](auto t, auto m) MQ_INLINE { total[t][m] = acc[t][m]; });
     every([&](auto t, auto m) MQ_INLINE { sums[t][m] = V::to_float(total[t][m]); });
 }
 
@@ -297,6 +297,9 @@ void group_of_codes(const mq_weight &w, const Affine<V> *affine, float factor, c
         V::store(to, V::fma(affine[t].offset, V::set(x.sum[(row + m) * w.groups + g]), V::fma(affine[t].scale, sums[t][m], V::load_float(to))));
     });
 }
+
+// Rows that an unpacked group is multiplied with at once: as many as there are registers for.
+constexpr int MANY = 2 * MQ_UNROLL;
 
 // T tiles, `beside` from each other, times `count` rows of x from `start` on. codes, out: room for a group of the tiles, and for their products.
 template <class V, int R, int T>

@@ -12,9 +12,8 @@ namespace {
 struct Avx2 {
     static constexpr int L = 8, BYTES = 32;
     static constexpr bool IN_PLACE = false;  // sums of 16 bits
-    static constexpr bool NARROW = true; // Acc has sums of 16 bits
     static constexpr int TWO_TILES = 4;      // widths up to which two tiles at once are faster
-    static constexpr int ROWS = 1;          // that planes are unpacked for in registers
+    static constexpr int ROWS = 4;          // that planes are unpacked for in registers
     using I = __m256i;
     using F = __m256;
     using Wide = __m256i;  // 8 sums of 32 bits
@@ -35,6 +34,9 @@ struct Avx2 {
     static Acc acc_zero() { return _mm256_setzero_si256(); }
     static Acc dot(Acc a, I u, I s) { return _mm256_add_epi16(a, _mm256_maddubs_epi16(u, s)); }
     static Wide widen(Wide t, Acc a) { return _mm256_add_epi32(t, _mm256_madd_epi16(a, _mm256_set1_epi16(1))); }
+    // A sum of one step, which may go on from a whole one where both are as wide.
+    static Acc start(Wide) { return acc_zero(); }
+    static Wide finish(Wide t, Acc a) { return widen(t, a); }
     static Wide wide_add(Wide a, Wide b) { return _mm256_add_epi32(a, b); }
     template <int N> static Wide wide_shr(Wide a) { return _mm256_srai_epi32(a, N); }
     static F to_float(Wide t) { return _mm256_cvtepi32_ps(t); }

@@ -12,7 +12,6 @@ namespace {
 struct Avx512 {
     static constexpr int L = 16, BYTES = 64;
     static constexpr bool IN_PLACE = true;  // products of bytes up to 255, sums of 32 bits
-    static constexpr bool NARROW = false;   // Acc has sums of 32 bits
     static constexpr int TWO_TILES = 8;     // widths up to which two tiles at once are faster
     static constexpr int ROWS = 8;          // that planes are unpacked for in registers
     using I = __m512i;
@@ -35,6 +34,9 @@ struct Avx512 {
     static Acc acc_zero() { return _mm512_setzero_si512(); }
     static Acc dot(Acc a, I u, I s) { return _mm512_dpbusd_epi32(a, u, s); }
     static Wide widen(Wide t, Acc a) { return _mm512_add_epi32(t, a); }
+    // A sum of one step, which goes on from the whole one.
+    static Acc start(Wide t) { return t; }
+    static Wide finish(Wide, Acc a) { return a; }
     static Wide wide_add(Wide a, Wide b) { return _mm512_add_epi32(a, b); }
     template <int N> static Wide wide_shr(Wide a) { return _mm512_srai_epi32(a, N); }
     static F to_float(Wide t) { return _mm512_cvtepi32_ps(t); }

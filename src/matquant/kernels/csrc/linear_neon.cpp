@@ -12,9 +12,8 @@ namespace {
 struct Neon {
     static constexpr int L = 4, BYTES = 16;
     static constexpr bool IN_PLACE = false;  // bytes up to 127
-    static constexpr bool NARROW = false;   // Acc has sums of 32 bits
     static constexpr int TWO_TILES = 4;      // widths up to which two tiles at once are faster
-    static constexpr int ROWS = 1;          // that planes are unpacked for in registers
+    static constexpr int ROWS = 4;          // that planes are unpacked for in registers
     using I = uint8x16_t;
     using F = float32x4_t;
     using Wide = int32x4_t;
@@ -35,6 +34,9 @@ struct Neon {
     static Acc acc_zero() { return vdupq_n_s32(0); }
     static Acc dot(Acc a, I u, int8x16_t s) { return vdotq_s32(a, vreinterpretq_s8_u8(u), s); }
     static Wide widen(Wide t, Acc a) { return vaddq_s32(t, a); }
+    // A sum of one step, which goes on from the whole one.
+    static Acc start(Wide t) { return t; }
+    static Wide finish(Wide, Acc a) { return a; }
     static Wide wide_add(Wide a, Wide b) { return vaddq_s32(a, b); }
     template <int N> static Wide wide_shr(Wide a) { return vshrq_n_s32(a, N); }
     static F to_float(Wide t) { return vcvtq_f32_s32(t); }

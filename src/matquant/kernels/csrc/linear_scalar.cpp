@@ -14,7 +14,6 @@ namespace {
 struct Scalar {
     static constexpr int L = 8, BYTES = 32;
     static constexpr bool IN_PLACE = true;
-    static constexpr bool NARROW = false;   // Acc has sums of 32 bits
     static constexpr int TWO_TILES = 0;
     static constexpr int ROWS = 2;          // that planes are unpacked for in registers
     struct I { uint8_t v[BYTES]; };
@@ -42,6 +41,9 @@ struct Scalar {
         return a;
     }
     static Wide widen(Wide t, Acc a) { for (int i = 0; i < L; ++i) t.v[i] += a.v[i]; return t; }
+    // A sum of one step, which goes on from the whole one.
+    static Acc start(Wide t) { return t; }
+    static Wide finish(Wide, Acc a) { return a; }
     static Wide wide_add(Wide a, Wide b) { for (int i = 0; i < L; ++i) a.v[i] += b.v[i]; return a; }
     template <int N> static Wide wide_shr(Wide a) { for (int i = 0; i < L; ++i) a.v[i] >>= N; return a; }
     static F to_float(Wide t) { F r; for (int i = 0; i < L; ++i) r.v[i] = float(t.v[i]); return r; }

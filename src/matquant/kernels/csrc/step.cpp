@@ -118,7 +118,7 @@ struct Step {
          float *values, int64_t sequences, int64_t capacity, int64_t wanted, int threads, const Isa &isa, bool exact)
         : model(model), bits(bits), m(m), sequence(sequence), position(position), keys(keys), values(values), sequences(sequences), capacity(capacity),
           threads(threads), isa(isa), exact(exact), heads{model.head_size, (model.head_size + KEYS - 1) / KEYS * KEYS, model.scaling},
-          x(from, from + m * model.hidden), other(x.size()), y(x.size()), whole(x.size()), barrier(threads) {
+          x(from, from + m * model.hidden), other(x.size()), y(x.size()), whole(size_t(std::max(m, wanted) * model.hidden)), barrier(threads) {
         const int64_t of_heads = m * model.heads * model.head_size, of_kv = m * model.kv_heads * model.head_size;
         q.resize(size_t(of_heads)), attended.resize(size_t(of_heads)), k.resize(size_t(of_kv)), v.resize(size_t(of_kv));
         gate.resize(size_t(m * model.inner)), up.resize(gate.size()), inner.resize(gate.size());
@@ -357,6 +357,8 @@ int mq_step(const mq_model *model, const uint8_t *bits, int64_t m, const float *
     if (wanted && !holds(*model->head, bits[model->layers * MQ_PARTS])) return 2;
     for (int64_t row = 0; row < m; ++row)
         if (position[row] < 0 || position[row] >= capacity || sequence[row] < 0 || sequence[row] >= sequences) return 3;
+    for (int64_t i = 0; i < wanted; ++i)
+        if (rows[i] < 0 || rows[i] >= m) return 4;
     std::optional<Step> step;
 #pragma omp parallel num_threads(int(std::max<int64_t>(threads, 1)))
     {

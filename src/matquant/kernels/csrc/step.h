@@ -32,7 +32,7 @@ struct mq_model {
 
 // x: embeddings [m][hidden]. bits: [layers][MQ_PARTS], then the head's. sequence, position: [m]. keys, values: attention.h, with the
 // capacity rounded up to whole chunks. logits: [wanted][vocabulary] of the rows in `rows`, and
-// of the first `words` of the vocabulary, or a few more; the others are left as they are. Returns as mq_linear; 3 for a position beyond the capacity.
+// of the first `words` of the vocabulary, or a few more; the others are left as they are. Returns as mq_linear; 3 for a position beyond the capacity, 4 for a row that is not there.
 MQ_PUBLIC int mq_step(const mq_model *model, const uint8_t *bits, int64_t m, const float *x, const int32_t *sequence, const int32_t *position, float *keys,
                       float *values, int64_t sequences, int64_t capacity, int64_t wanted, const int32_t *rows, int64_t words, float *logits,
                       int64_t exact, int64_t threads, const char *isa);
