@@ -12,17 +12,15 @@ have stood so far; and a read that costs more than it brings is not asked, but n
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from matquant.kernels.step import Stepper
 from matquant.plan import BitPlan
-
-if TYPE_CHECKING:
-    from matquant.engine import Engine, Session
 
 ODDS = 0.5  # that a draft stands as a whole, below which it does not go on
 MOST_DRAFTED = 12
@@ -60,6 +58,30 @@ class Speculation:
     def per_pass(self) -> float:
         """Tokens that a pass of the verifier led to."""
         return self.made / self.passes if self.passes else 0.0
+
+
+class Reader(Protocol):
+    """A model that is read at `plan` (engine.Engine)."""
+
+    stepper: Stepper
+    plan: BitPlan
+    speculation: Speculation
+
+    def read_bytes(self, bits: BitPlan) -> int: ...
+
+
+class Text(Protocol):
+    """A text that grows (engine.Session). passed: how many tokens have keys and values."""
+
+    engine: Reader
+    ids: list[int]
+    passed: int
+
+    def read(
+        self, ids: Sequence[int], start: int, plan: BitPlan | None = None, last: int = 1, words: int | None = None
+    ) -> Float[Tensor, "last words"]: ...
+
+    def advance(self) -> Float[Tensor, " vocabulary"]: ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +184,7 @@ class Narrow:
     waited: int = 0
 
     @staticmethod
-    def of(engine: "Engine", bits: int, text: Sequence[int]) -> "Narrow":
+    def of(engine: Reader, bits: int, text: Sequence[int]) -> "Narrow":
         """In vocabularies of merged pairs common words come first. The rest of the head is not read if that saves more of a draft than the
         text has of rare words: half of the share of bytes, as a pass takes about as long as its drafts."""
         plan = BitPlan(bits)
@@ -180,7 +202,7 @@ class Narrow:
         self.waited = (self.waited + 1) % ASK_AGAIN
         return 0 if self.waited else 1
 
-    def draft(self, session: "Session", most: int, pick: Picker) -> tuple[list[int], list[Tensor | None]]:
+    def draft(self, session: Text, most: int, pick: Picker) -> tuple[list[int], list[Tensor | None]]:
         """(tokens that the narrow read would write behind the text, what it drew them from)."""
         drafted: list[int] = []
         beliefs: list[Tensor | None] = []
@@ -194,7 +216,7 @@ class Narrow:
         return drafted, beliefs
 
 
-def speculate(session: "Session", new: int, pick: Picker, bits: int) -> Iterator[int]:
+def speculate(session: Text, new: int, pick: Picker, bits: int) -> Iterator[int]:
     """At most `new` tokens behind the session's text, which its owner adds to the text one by one."""
     done = session.engine.speculation
     yield pick.choose(session.advance())[0]
