@@ -54,13 +54,14 @@ def folder(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("rotate", [False, True])
-def test_a_gguf_model_is_quantized_and_its_other_tensors_stored_in_16_bits(folder: Path, rotate: bool, tmp_path: Path) -> None:
-    recipe = Recipe(group_size=32, num_samples=4, seq_len=64, eval_samples=2, rotate=rotate)
+@pytest.mark.parametrize(("rotate", "head_bits"), [(False, 0), (True, 0), (False, 8)])
+def test_a_gguf_model_is_quantized_and_its_other_tensors_stored_in_16_bits(folder: Path, rotate: bool, head_bits: int, tmp_path: Path) -> None:
+    recipe = Recipe(group_size=32, num_samples=4, seq_len=64, eval_samples=2, rotate=rotate, head_bits=head_bits)
     report = pipeline.quantize(str(folder), tmp_path / "out", recipe, pipeline.RunOptions(gguf_file="tiny.gguf"))
     assert [row.label for row in report.rows] == ["16", "8", "6", "4", "3", "2"]
     base = load_file(next((tmp_path / "out").glob("model-base*")))
-    assert base["model.embed_tokens.weight"].dtype == base["model.norm.weight"].dtype == torch.float16
+    assert base["model.norm.weight"].dtype == torch.float16
+    assert base["model.embed_tokens.weight"].dtype == (torch.uint8 if head_bits else torch.float16)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
     original = models.load_dense(str(folder), folder, "tiny.gguf", dtype=torch.float32)
     nested = matquant.from_pretrained(tmp_path / "out", bits=8, dtype=torch.float32)

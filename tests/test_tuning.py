@@ -59,6 +59,8 @@ def test_a_student_computes_what_the_checkpoint_does(tiny: Tiny, recipe: Recipe,
     loaded = matquant.from_pretrained(want, 3, keep=3)
     weights = {name: module.nested() for name, module in loaded.named_modules() if name in Checkpoint.open(want).modules}
     model, layers = student(source, weights, (3, 2), torch.device("cpu"), torch.float32)
+    for name, table in Checkpoint.open(want).tables.items():  # it is the original but for its layers
+        model.get_submodule(name).weight.data = Checkpoint.open(want).table(name).read(table.bits).dense()
     ids = torch.arange(24).reshape(2, 12)
     for bits in (3, 2):
         read_at(layers, bits)
