@@ -12,7 +12,7 @@ have stood so far; and a read that costs more than it brings is not asked, but n
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class Speculation:
         return self.made / self.passes if self.passes else 0.0
 
 
+@runtime_checkable
 class Reader(Protocol):
     """A model that is read at `plan` (engine.Engine)."""
 
@@ -70,6 +71,7 @@ class Reader(Protocol):
     def read_bytes(self, bits: BitPlan) -> int: ...
 
 
+@runtime_checkable
 class Text(Protocol):
     """A text that grows (engine.Session). passed: how many tokens have keys and values."""
 
