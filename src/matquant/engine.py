@@ -37,7 +37,7 @@ from matquant.threads import for_steps_of
 from matquant.weight import NestedWeight
 
 HEAD_BITS = 8  # of a head that is rounded when it is loaded
-PREFILL = 512  # tokens of a prompt that pass at once
+PREFILL = 192  # tokens of a prompt that pass at once: two panels of the kernels; what they need grows with them, their speed does not
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -123,11 +123,12 @@ class Engine:
         checkpoint.check_files(widest)
         workers = threads or torch.get_num_threads()
         with for_steps_of(1), ThreadPoolExecutor(workers) as pool:  # a thread a layer: all of it but the reads is one array after the other
-            # the head first: it is the largest of all on its way
+            # The largest first: what a layer takes on its way comes on top of those that are packed.
+            names.sort(key=lambda name: -checkpoint.modules[name].weights)
             weights = {shape.head: cpu.pack(head := _head(checkpoint, shape, head_bits, pool), (head.grid.bits,), isa, workers)}
             del head
-            for i in range(shape.count):
-                own = names[i * len(llama.PARTS) : (i + 1) * len(llama.PARTS)]
+            for at in range(0, len(names), len(llama.PARTS)):
+                own = names[at : at + len(llama.PARTS)]
                 weights |= zip(own, pool.map(lambda name: cpu.pack(checkpoint.read(name, kept[name]), kept[name], isa, 1), own), strict=True)
                 _give_back()
         stepper = llama.stepper_of(shape, weights.__getitem__, checkpoint.base.__getitem__)

@@ -110,7 +110,7 @@ struct Step {
     const Heads heads;
     std::vector<Rows> rows;
     bool split;  // chunks are shared among threads: where there are few rows
-    Floats x, other, y, q, k, v, attended, gate, up, inner, cosine, sine, whole, parts;
+    Floats x, other, y, q, k, v, attended, gate, up, cosine, sine, whole, parts;
     Rounded rounded[INPUTS];
     Barrier barrier;
 
@@ -121,7 +121,7 @@ struct Step {
           x(from, from + m * model.hidden), other(x.size()), y(x.size()), whole(size_t(std::max(m, wanted) * model.hidden)), barrier(threads) {
         const int64_t of_heads = m * model.heads * model.head_size, of_kv = m * model.kv_heads * model.head_size;
         q.resize(size_t(of_heads)), attended.resize(size_t(of_heads)), k.resize(size_t(of_kv)), v.resize(size_t(of_kv));
-        gate.resize(size_t(m * model.inner)), up.resize(gate.size()), inner.resize(gate.size());
+        gate.resize(size_t(m * model.inner)), up.resize(gate.size());
         cosine.resize(size_t(m * model.rotary)), sine.resize(cosine.size());
         for (int64_t row = 0; row < m; ++row)
             for (int64_t i = 0; i < model.rotary; ++i) {
@@ -329,8 +329,8 @@ struct Step {
             Rounded &inputs = room(thread, down, IN_DOWN);
             shared(thread, m * down.groups, [&](int64_t unit) {
                 const int64_t row = unit / down.groups, g = unit % down.groups, at = row * model.inner + g * down.group;
-                gated(&gate[size_t(at)], &up[size_t(at)], model.act, &inner[size_t(at)], down.group);
-                inputs.fill(row, g, &inner[size_t(at)]);
+                gated(&gate[size_t(at)], &up[size_t(at)], model.act, &gate[size_t(at)], down.group);
+                inputs.fill(row, g, &gate[size_t(at)]);
             });
             multiply(thread, IN_DOWN, {part(layer, MQ_DOWN, y)});
         }
