@@ -5,13 +5,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from matquant import llama
-from matquant.codes import Grid
 from matquant.errors import InputError
 from matquant.kernels import cpu
-from matquant.kernels.step import PARTS, Stepper
+from matquant.kernels.step import PARTS
 
 LENGTH = 150  # three chunks of 64 positions, the last in part
 SHAPES = {  # heads, heads of keys, size of a head
@@ -36,21 +34,11 @@ def model_of(heads: int, kv_heads: int, size: int) -> Any:
     return model
 
 
-def stepper_of(model: Any, isa: str) -> Stepper:
-    """Of the model, whose layers are left as they are read."""
-    grid = Grid(8, -1, symmetric=False, overlap=False)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    weights = {name: llama.rounded(module.weight.data, grid) for name, module in linears.items()}
-    for name, module in linears.items():
-        module.weight.data = weights[name].read(8).dense()
-    return llama.stepper_of(llama.served_of(model), lambda name: cpu.pack(weights[name], (8,), isa), model.get_parameter)
-
-
 @pytest.mark.parametrize("isa", cpu.isas())
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_over_several_chunks(shape: str, isa: str) -> None:
     model = model_of(*SHAPES[shape])
-    stepper, ids, places = stepper_of(model, isa), torch.randint(0, 128, (LENGTH,)), torch.arange(LENGTH)
+    stepper, ids, places = llama.rounded_stepper(model, -1, isa), torch.randint(0, 128, (LENGTH,)), torch.arange(LENGTH)
     widths, x = stepper.widths([dict.fromkeys(PARTS, 8)] * 2), model.get_input_embeddings().weight.data[ids]
     with torch.inference_mode():
         want = model(ids[None]).logits[0]
@@ -71,7 +59,7 @@ def test_attention_over_several_chunks(shape: str, isa: str) -> None:
 
 def test_rows_that_are_not_there() -> None:
     model = model_of(1, 1, 64)
-    stepper, zero = stepper_of(model, "scalar"), torch.zeros(2, dtype=torch.long)
+    stepper, zero = llama.rounded_stepper(model, -1, "scalar"), torch.zeros(2, dtype=torch.long)
     arguments = stepper.widths([dict.fromkeys(PARTS, 8)] * 2), torch.zeros(2, 240), zero, torch.arange(2), stepper.cache(1, 2)
     assert stepper.step(*arguments, torch.tensor([1, 1, 0])).shape == (3, 128)
     with pytest.raises(InputError, match=r"rows are \[0, 2\], and there are 2; choose from 0 to 1"):

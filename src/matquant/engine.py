@@ -179,8 +179,7 @@ class Engine:
 
     def logits(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens vocabulary"]:
         """Of a whole text, at every position."""
-        cache, places = self.stepper.cache(1, len(ids)), torch.arange(len(ids))
-        return torch.cat([self.step(ids[p], torch.zeros_like(p), p, cache, torch.arange(len(p))) for p in places.split(PREFILL)])
+        return Session(self, self.stepper.cache(1, len(ids))).read(ids.tolist(), 0, last=len(ids))
 
     # --- one text ---------------------------------------------------------------------------------------------------
 

@@ -42,8 +42,8 @@ def estimate_cost(source: Source, layers: Layers, recipe: Recipe, tables: Mappin
     layout, shapes = recipe.layout, layers.quantized
     weights = sum(shape.weights for shape in shapes.values())
     read = {bits: sum(layout.read_bits(shape, bits) for shape in shapes.values()) for bits in layout.widths}
-    own = {name: t for name, t in own_tensors(source.model).items() if name.removesuffix(".weight") not in {*shapes, *tables}}
-    rest = sum(t.numel() * _stored_size(source, t) for t in own.values())
+    ours = {*shapes, *tables}
+    rest = sum(t.numel() * _stored_size(source, t) for name, t in own_tensors(source.model).items() if name.removesuffix(".weight") not in ours)
     stored = sum(layout.stored_bits(shape) for shape in shapes.values()) // 8 + sum(table.stored_bytes for table in tables.values())
     return Estimate(
         source.name,

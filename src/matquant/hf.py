@@ -10,6 +10,7 @@ are checked before loading (Checkpoint.open), missing, extra and misshapen tenso
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,8 +188,12 @@ class MatquantHfQuantizer(HfQuantizer):
 
 def _place(model: "PreTrainedModel", name: str) -> str | None:
     """Where the checkpoint's `name` is in the model; None if it is not."""
-    prefix, known = model.base_model_prefix, dict(model.named_modules())
-    return next((path for path in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if path in known), None)  # AutoModel has no prefix
+    prefix = model.base_model_prefix
+    for path in dict.fromkeys([name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]):  # AutoModel has no prefix
+        with suppress(AttributeError):
+            model.get_submodule(path)
+            return path
+    return None
 
 
 def replace(model: "PreTrainedModel", name: str, checkpoint: Checkpoint, planes: int) -> str:

@@ -193,12 +193,7 @@ def try_out(config: Any) -> None:
             if parameter.ndim == 1:
                 parameter.data.uniform_(0.5, 1.5)
         ids = torch.randint(0, TRIAL["vocab_size"], (1, 9))
-    grid = Grid(8, 32, symmetric=False, overlap=False)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    weights = {name: rounded(module.weight.data, grid) for name, module in linears.items()}
-    for name, module in linears.items():
-        module.weight.data = weights[name].read(8).dense()
-    stepper = stepper_of(served_of(model), lambda name: cpu.pack(weights[name], (8,)), model.get_parameter)
+    stepper = rounded_stepper(model, 32)
     widths, places = stepper.widths([dict.fromkeys(PARTS, 8)] * 2), torch.arange(9)
     x = model.get_input_embeddings().weight.data[ids[0]]
     got = stepper.step(widths, x, torch.zeros_like(places), places, stepper.cache(1, 9), places, exact=True)
@@ -207,6 +202,16 @@ def try_out(config: Any) -> None:
     if not torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max())):
         apart = float((got - want).abs().max() / want.abs().max())
         raise UnservedError(f"the engine computes {type(model).__name__} wrongly (logits {apart:.1g} apart in a trial); use matquant.from_pretrained")
+
+
+def rounded_stepper(model: Any, group_size: int, isa: str | None = None) -> Stepper:
+    """Of a small dense model at 8 bits; its linear layers are left as they are then read."""
+    grid = Grid(8, group_size, symmetric=False, overlap=False)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = {name: rounded(module.weight.data, grid) for name, module in linears.items()}
+    for name, module in linears.items():
+        module.weight.data = weights[name].read(8).dense()
+    return stepper_of(served_of(model), lambda name: cpu.pack(weights[name], (8,), isa), model.get_parameter)
 
 
 def stepper_of(served: Served, packed: Packed, tensors: Tensors) -> Stepper:
