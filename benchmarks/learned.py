@@ -1,7 +1,9 @@
 """Learned methods on a whole model, at every width, all variants of a method on the same tokens and as many of them.
 
-    python benchmarks/learned.py MODEL --name WORDS --out results.json --group-size 64 --train FILE --text FILE [--text FILE ...]
+    python benchmarks/learned.py MODEL --name WORDS --out results.json --group-size 64 --calibration FILE --train FILE --text FILE [--text FILE ...]
         [--tokens 1000000] [--eval-samples 16] [--seq-len 512] [--seeds 0 1 2] [--only NAME ...]
+
+A run that is killed goes on where it was: what it has done lies beside --out until its rows are written.
 
 Variants are the rows of VARIANTS: MatQuant on two base algorithms and what it compares with, and our post-training methods, alone and with their
 reads tuned. A variant and seed that is already in the output file is not run again. A width's baseline is a run whose parent has that width.
@@ -11,7 +13,6 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from matquant.evaluate import evaluate
 from matquant.pipeline import RunOptions, quantize
 from matquant.plan import BitPlan
 from matquant.recipe import Recipe
+from matquant.working import saved_report
 
 WIDTHS = (8, 6, 4, 3, 2)
 LAMBDA = {8: 0.1, 4: 0.1, 2: 1.0}
@@ -85,27 +87,38 @@ def recipes(variant: Variant, common: dict[str, Any], tokens: int) -> list[Recip
 
 
 def run(
-    recipe: Recipe, model: tuple[str, str | None], original: Any, texts: dict[str, torch.Tensor], dtype: str, device: str
+    recipe: Recipe, model: tuple[str, str | None], original: Any, texts: dict[str, torch.Tensor], options: RunOptions, folder: Path
 ) -> list[dict[str, Any]]:
-    """Rows {text, bits, tuned, bits_per_weight, perplexity, kl, top1, overflow, seconds}; where reads are tuned, of the reads before that too."""
-    options = RunOptions(gguf_file=model[1], device=device, dtype=dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        out, plain, started = Path(folder) / "out", Path(folder) / "plain", time.perf_counter()
-        follow = Lines(out, plain if recipe.finetune_reads else None)
-        report = quantize(model[0], out, recipe, options, follow)
-        finished = time.perf_counter()
-        made = [(out, bool(recipe.finetune_reads), round(finished - started, 1))]
-        if recipe.finetune_reads:
+    """Rows {text, bits, tuned, bits_per_weight, perplexity, kl, top1, overflow, seconds}; where reads are tuned, of the reads before that too.
+
+    folder: for the work, from which a run that was killed goes on; its seconds are then null. What is left at the end are the rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "rows.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    out, plain, started = folder / "out", folder / "plain", time.perf_counter()
+    resumed = (folder / "out.partial").exists() or out.exists()
+    follow = Lines(out, plain if recipe.finetune_reads else None)
+    report = saved_report(out) if out.exists() else quantize(model[0], out, recipe, replace(options, resume=resumed), follow)
+    finished = time.perf_counter()
+    made = [(out, bool(recipe.finetune_reads), finished - started)]
+    if recipe.finetune_reads:
+        if not plain.exists():
             quantize(model[0], plain, replace(recipe, finetune_reads=0), replace(options, resume=True), follow)
-            made.insert(0, (plain, False, round((follow.tuning_at or finished) - started, 1)))
-        rows = []
-        for checkpoint, tuned, seconds in made:
-            for text, sequences in texts.items():
-                plans = {str(r): BitPlan(r) for r in recipe.bits}
-                for row in evaluate(checkpoint, plans, sequences, original, dtype=dtype, device_map=device)[1:]:
-                    numbers = {"perplexity": row.perplexity, "kl": row.kl, "top1": row.top1, "bits_per_weight": row.bits_per_weight}
-                    overflow = report.overflow.get(int(row.bits or 0))
-                    rows.append({"text": text, "bits": int(row.bits or 0), "tuned": tuned, **numbers, "overflow": overflow, "seconds": seconds})
+        made.insert(0, (plain, False, (follow.tuning_at or finished) - started))
+    rows = []
+    for checkpoint, tuned, took in made:
+        seconds = None if resumed else round(took, 1)
+        for text, sequences in texts.items():
+            plans = {str(r): BitPlan(r) for r in recipe.bits}
+            for row in evaluate(checkpoint, plans, sequences, original, dtype=options.dtype, device_map=options.device)[1:]:
+                numbers = {"perplexity": row.perplexity, "kl": row.kl, "top1": row.top1, "bits_per_weight": row.bits_per_weight}
+                overflow = report.overflow.get(int(row.bits or 0))
+                rows.append({"text": text, "bits": int(row.bits or 0), "tuned": tuned, **numbers, "overflow": overflow, "seconds": seconds})
+    done.write_text(json.dumps(rows))
+    shutil.rmtree(out)
+    shutil.rmtree(plain, ignore_errors=True)
     return rows
 
 
@@ -122,6 +135,8 @@ class Lines:
             return
         self.tuning_at = time.perf_counter()
         partial = self.plain.with_name(self.plain.name + ".partial")
+        if (partial / "run.json").exists():
+            return
         shutil.copytree(self.out.with_name(self.out.name + ".partial"), partial, ignore=shutil.ignore_patterns("tuning", "logs"))
         record = json.loads((partial / "run.json").read_text())
         record["recipe"]["finetune_reads"] = 0  # the same run, which ends here
@@ -139,7 +154,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gguf-file")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--train", required=True, help="text to calibrate and to train on")
+    parser.add_argument("--train", required=True, help="text to train on")
+    parser.add_argument("--calibration", required=True, help="text to calibrate on")
     parser.add_argument("--text", action="append", required=True, help="to measure on; may be given again")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of end-to-end training")
     parser.add_argument("--num-samples", type=int, default=32)
@@ -161,9 +177,11 @@ def main() -> None:
     original = models.load_dense(options.model, source.folder, options.gguf_file, dtype=torch.float32).to(options.device)
     texts = {Path(spec).name: evaluation(spec, source.tokenizer(), original, options.eval_samples, options.seq_len) for spec in options.text}
     extra = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in options.set)}
-    common = {"group_size": options.group_size, "calibration": options.train, "num_samples": options.num_samples, "seq_len": options.seq_len}
+    common = {"group_size": options.group_size, "num_samples": options.num_samples, "seq_len": options.seq_len}
     common |= {"eval_samples": 0, "train_dtype": options.train_dtype, "refine_dtype": options.train_dtype, **extra}
-    setting = common | {"calibration": Path(options.train).name, "tokens": options.tokens, "held_out": [options.eval_samples, options.seq_len]}
+    setting = common | {"tokens": options.tokens, "held_out": [options.eval_samples, options.seq_len]}
+    for role, file in (("calibration", options.calibration), ("train_text", options.train)):
+        common[role], setting[role] = file, Path(file).name
     result = json.loads(options.out.read_text()) if options.out.exists() else {"runs": {}}
     if result.get("setting", setting) != setting:
         sys.exit(f"{options.out} was made with other settings: {result['setting']}; choose another --out")
@@ -174,9 +192,12 @@ def main() -> None:
             if key in result["runs"]:
                 continue
             rows = []
+            folder = options.out.with_suffix(".work") / f"{name}-{seed}"
             try:
                 for recipe in recipes(variant, common | {"seed": seed}, options.tokens):
-                    rows += run(recipe, (options.model, options.gguf_file), original, texts, "float32", options.device)
+                    work = folder / recipe.hash[:12]
+                    means = RunOptions(gguf_file=options.gguf_file, device=options.device)
+                    rows += run(recipe, (options.model, options.gguf_file), original, texts, means, work)
                     print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-5:]], flush=True)
             except MatquantError as error:  # a training that diverged at once is a result
                 print(f"{key}: {error}", flush=True)
@@ -185,6 +206,7 @@ def main() -> None:
             result["runs"] = {**written, key: entry}
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
