@@ -4,7 +4,8 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. N
 itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
 `matquant eval --json` prints them), `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
 benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py), `speed MODEL` (speed-MODEL.json, benchmarks/speed.py), `serving MODEL`
-(serving-MODEL.json, benchmarks/serving.py), `drafts MODEL` (drafts-MODEL.json, benchmarks/drafts.py) or `plans MODEL` (plans-MODEL.json, benchmarks/plans.py).
+(serving-MODEL.json, benchmarks/serving.py), `drafts MODEL` (drafts-MODEL.json, benchmarks/drafts.py), `plans MODEL` (plans-MODEL.json, benchmarks/plans.py) or
+`learned MODEL` (learned-MODEL.json, benchmarks/learned.py).
 """
 
 import json
@@ -14,8 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
+from learned import learned
 from speeds import drafts, serving, speed
-from tables import REPO, counts, load, markdown, name_of
+from tables import MEASURES, REPO, counts, kl_words, load, markdown, name_of, ratios, table, thousandths, variants
 
 from matquant import errors
 from matquant.cli import BUG, INTERRUPTED, application
@@ -80,7 +82,7 @@ FAVOR_ORDER = ("all-streams", "favor-2", "favor-4", "favor-8")
 def quality(model: str) -> str:
     """KL, perplexity, top-1 and bits per weight of every method at every width and text, with the command and the setting."""
     stored = load(model)
-    setting, runs = stored["setting"], _variants(stored)
+    setting, runs = stored["setting"], variants(stored)
     commands = dict.fromkeys(run["command"] for key, run in stored["runs"].items() if key.partition("/")[0] in QUALITY_ORDER)
     torch_version = next(iter(stored["runs"].values()))["machine"]["versions"]["torch"]
     original = ", ".join(f"{value:.2f} on {text}" for text, value in stored["original"].items())
@@ -92,10 +94,14 @@ def quality(model: str) -> str:
     ]
     for text in stored["original"]:
         for title, key, words in MEASURES:
-            parts.append(f"{title}, {name_of(text)}:\n\n{_table(runs, QUALITY_ORDER, text, key, words)}")
-    parts.append(f"bits per weight, metadata included:\n\n{_table(runs, QUALITY_ORDER, next(iter(stored['original'])), 'bits_per_weight', _bits)}")
+            parts.append(f"{title}, {name_of(text)}:\n\n{table(runs, QUALITY_ORDER, text, key, words)}")
+    parts.append(
+        f"bits per weight, metadata included:\n\n{table(runs, QUALITY_ORDER, next(iter(stored['original'])), 'bits_per_weight', thousandths)}"
+    )
     if "gptq" in runs:
-        parts.append(f"KL over that of classic GPTQ dedicated to the width (mean over seeds and texts):\n\n{_ratios(runs, list(stored['original']))}")
+        parts.append(
+            f"KL over that of classic GPTQ dedicated to the width (mean over seeds and texts):\n\n{ratios(runs, QUALITY_ORDER, 'gptq', list(stored['original']))}"
+        )
     return "\n".join(parts)
 
 
@@ -112,7 +118,7 @@ def favor(model: str) -> str:
 def _first_seed(model: str, order: Sequence[str]) -> str:
     stored = load(model)
     runs = {key: run for key, run in stored["runs"].items() if key.endswith("/0")}
-    return _table(_variants({"runs": runs}), order, next(iter(stored["original"])), "kl", _kl)
+    return table(variants({"runs": runs}), order, next(iter(stored["original"])), "kl", kl_words)
 
 
 def peers(model: str) -> str:
@@ -124,11 +130,11 @@ def peers(model: str) -> str:
     texts = list(theirs["original"])
     versions = dict.fromkeys(f"{name} {number}" for run in runs.values() for name, number in run["versions"].items())
     kept = {key: run for key, run in ours["runs"].items() if key in ("gptq/0", "nested/0", "block/0")}
-    shown = _variants({"runs": {**kept, **runs}})
+    shown = variants({"runs": {**kept, **runs}})
     order = ("gptq", *sorted(key.partition("/")[0] for key in runs), "nested", "block")
     parts = [f"{', '.join(versions)}. Same {counts(ours['setting']['train'])} to calibrate on as ours, groups of {ours['setting']['group_size']}.\n"]
-    parts += [f"KL to the original, {name_of(text)}:\n\n{_table(shown, order, text, 'kl', _kl)}" for text in texts]
-    parts.append(f"bits per weight, metadata included:\n\n{_table(shown, order, texts[0], 'bits_per_weight', _bits)}")
+    parts += [f"KL to the original, {name_of(text)}:\n\n{table(shown, order, text, 'kl', kl_words)}" for text in texts]
+    parts.append(f"bits per weight, metadata included:\n\n{table(shown, order, texts[0], 'bits_per_weight', thousandths)}")
     return "\n".join(parts)
 
 
@@ -160,11 +166,12 @@ def plans(model: str) -> str:
         f"{counts([setting['search_samples'], setting['seq_len']])} of it; KL to the original on {counts([setting['score_samples'], setting['score_len']])} of each text below, which no solver saw.\n"
     ]
     for text in setting["texts"]:
-        if rows := _plan_rows(found, budgets, lambda entry, text=text: _kl(entry["kl"][text]) if text in entry.get("kl", {}) else ""):
+        if rows := _plan_rows(found, budgets, lambda entry, text=text: kl_words(entry["kl"][text]) if text in entry.get("kl", {}) else ""):
             parts.append(f"KL by bits a quantized weight, metadata counted, {text}:\n\n{markdown(['', *(f'{b:g}' for b in budgets)], rows)}")
     shown = sorted(uniform.items(), key=lambda item: item[1]["bits"])
     rows = [
-        [f"{r} bits", f"{row['bits']:.3f}", *(_kl(row["kl"][text]) if text in row["kl"] else "" for text in setting["texts"])] for r, row in shown
+        [f"{r} bits", f"{row['bits']:.3f}", *(kl_words(row["kl"][text]) if text in row["kl"] else "" for text in setting["texts"])]
+        for r, row in shown
     ]
     parts.append(f"Uniform widths:\n\n{markdown(['', 'bits/weight', *setting['texts']], rows)}")
     rows = _plan_rows(found, budgets, lambda entry: f"{entry['seconds']:.2f}" if entry["seconds"] < 100 else f"{entry['seconds']:.0f}")
@@ -186,83 +193,6 @@ def _plan_rows(found: dict[str, Any], budgets: list[float], cell: Callable[[dict
     return rows
 
 
-Values = dict[tuple[str, int], dict[str, list[float]]]  # (text, bits) -> measure -> one value a seed
-
-
-def _variants(stored: dict[str, Any]) -> dict[str, tuple[str, Values]]:
-    """Variant -> (its words, values). A variant measured with and without refits is two, the second named NAME+refit."""
-    found: dict[str, tuple[str, Values]] = {}
-    for key, run in stored["runs"].items():
-        name = key.partition("/")[0]
-        plain = {(row["text"], row["bits"]) for row in run["rows"] if not row["refit"]}
-        for row in run["rows"]:
-            where = (row["text"], row["bits"])
-            twice = row["refit"] and where in plain
-            label, words = (f"{name}+refit", f"{run['words']}, refit") if twice else (name, run["words"])
-            of = found.setdefault(label, (words, {}))[1].setdefault(where, {})
-            for measure in ("kl", "perplexity", "top1", "bits_per_weight"):
-                of.setdefault(measure, []).append(row[measure])
-    for name in list(found):
-        if name.endswith("+refit"):  # where a width has no refit, the row repeats what it reads without
-            found[name] = found[name][0], found[name.removesuffix("+refit")][1] | found[name][1]
-    return found
-
-
-def _table(runs: dict[str, tuple[str, Values]], order: Sequence[str], text: str, key: str, words: Callable[[float], str]) -> str:
-    shown = [name for name in order if name in runs]
-    widths = sorted({bits for name in shown for _, bits in runs[name][1]}, reverse=True)
-    rows = []
-    for name in shown:
-        title, values = runs[name]
-        rows.append([title, *(_spread(values.get((text, bits), {}).get(key, []), words) for bits in widths)])
-    return markdown(["", *map(str, widths)], rows)
-
-
-def _spread(values: list[float], words: Callable[[float], str]) -> str:
-    if not values:
-        return ""
-    middle, half = words(sum(values) / len(values)), words((max(values) - min(values)) / 2)
-    return f"{middle} ± {half}" if len(values) > 1 and max(values) > min(values) else middle
-
-
-def _ratios(runs: dict[str, tuple[str, Values]], texts: list[str]) -> str:
-    def mean(name: str, bits: int, over: list[str]) -> float:
-        values = [value for text in over for value in runs[name][1][text, bits]["kl"]]
-        return sum(values) / len(values)
-
-    def ratio(name: str, bits: int) -> str:
-        both = [text for text in texts if (text, bits) in runs[name][1] and (text, bits) in runs["gptq"][1]]
-        return f"{mean(name, bits, both) / mean('gptq', bits, both):.2f}" if both else ""
-
-    widths = sorted({bits for _, bits in runs["gptq"][1]}, reverse=True)
-    shown = [name for name in QUALITY_ORDER if name in runs and name != "gptq"]
-    rows = [[runs[name][0], *(ratio(name, bits) for bits in widths)] for name in shown]
-    return markdown(["", *map(str, widths)], rows)
-
-
-def _kl(value: float) -> str:
-    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
-
-
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _bits(value: float) -> str:
-    return f"{value:.3f}"
-
-
-MEASURES: list[tuple[str, str, Callable[[float], str]]] = [
-    ("KL to the original, nats a token", "kl", _kl),
-    ("perplexity", "perplexity", _perplexity),
-    ("top-1 agreement with the original", "top1", _share),
-]
-
-
 def render(name: str) -> str:
     kind, _, rest = name.partition(" ")
     if kind == "flags":
@@ -280,6 +210,7 @@ PARTS = {
     "speed": speed,
     "serving": serving,
     "drafts": drafts,
+    "learned": learned,
     "plans": plans,
 }
 

@@ -1,6 +1,7 @@
 """Evolution: budgets are kept, what is found is found again by others, and the parent never gets worse."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,10 +57,10 @@ def test_it_finds_what_the_exact_solver_finds() -> None:
         return problem.loss(choice)
 
     parents: list[Choice] = []
-    steps = evolve(problem, budget, worst, loss, STAGES, 12, 60, seed=1, better=parents.append)
+    steps = evolve(problem, budget, [worst], loss, STAGES, 12, 60, seed=1, better=parents.append)
     assert all(problem.cost(choice) <= budget for choice, _ in asked)
     losses = [step.loss for step in steps]
-    assert losses == sorted(losses, reverse=True) and parents == [step.choice for step in steps[1:]]
+    assert losses == sorted(losses, reverse=True) and parents == [step.choice for step in steps]
     assert losses[-1] <= 1.05 * problem.loss(exact(problem, budget)) + 1e-12
     assert sum(samples == 1 for _, samples in asked) > 2.5 * sum(samples == 4 for _, samples in asked)  # most are only looked at
 
@@ -68,21 +69,30 @@ def test_it_stays_where_it_cannot_be_better() -> None:
     problem = random_problem(np.random.default_rng(4), 6, 3)
     budget = problem.least + 4
     best = exact(problem, budget)
-    steps = evolve(problem, budget, best, lambda choice, _: problem.loss(choice), STAGES, 8, 30)
+    steps = evolve(problem, budget, [best], lambda choice, _: problem.loss(choice), STAGES, 8, 30)
     assert steps[-1].loss == pytest.approx(problem.loss(best))
+
+
+def test_the_best_of_several_starts_is_the_first_parent() -> None:
+    """As it is or filled up, whichever loses less on the whole."""
+    problem = Problem(np.array([[1, 2, 4]] * 4), np.array([[9.0, 3.0, 1.0]] * 4))
+    starts = [(0, 0, 0, 0), (1, 1, 1, 1), (2, 1, 0, 0)]
+    (step, *_) = evolve(problem, 8, starts, lambda choice, _: problem.loss(choice), STAGES, 4, 0)
+    assert (step.generation, step.choice, step.loss) == (0, (1, 1, 1, 1), 12.0)
 
 
 def test_limits_and_seeds() -> None:
     problem = random_problem(np.random.default_rng(5), 8, 4)
     budget = problem.least + 9
-    run = lambda seed, **more: evolve(problem, budget, exact(problem, budget), lambda c, _: -problem.loss(c), STAGES, 6, 20, seed=seed, **more)  # noqa: E731
+    run = lambda seed, **more: evolve(problem, budget, [exact(problem, budget)], lambda c, _: -problem.loss(c), STAGES, 6, 20, seed=seed, **more)  # noqa: E731
     path = lambda steps: [(step.generation, step.choice) for step in steps]  # noqa: E731
     assert path(run(1)) == path(run(1)) != path(run(2))
     told: list[tuple[int, int]] = []
     run(1, tell=lambda done, of: told.append((done, of)))
     assert told == [(n, 20) for n in range(1, 21)]
-    assert len(run(1, seconds=0.0)) <= 2  # the start, and the start filled up
+    assert len(run(1, seconds=0.0)) == 1  # the start, or the start filled up
     single = Problem(np.array([[3, 5]]), np.array([[1.0, 0.0]]))
-    assert evolve(single, 4, (0,), lambda c, _: 1.0, STAGES, 6, 20) == [Step(0, 0.0, 1.0, (0,))]  # there is no other choice
+    (step,) = evolve(single, 4, [(0,)], lambda c, _: 1.0, STAGES, 6, 20)  # there is no other choice
+    assert replace(step, seconds=0.0) == Step(0, 0.0, 1.0, (0,))
     with pytest.raises(PlanError, match="no plan meets 2; the smallest budget that one meets is 3"):
-        evolve(single, 2, (0,), lambda c, _: 1.0, STAGES, 6, 20)
+        evolve(single, 2, [(0,)], lambda c, _: 1.0, STAGES, 6, 20)

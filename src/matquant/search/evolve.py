@@ -2,8 +2,8 @@
 
 One parent, the best choice so far. A generation: children by mutation, a small part of the text to measure all of them on, a larger one for the best
 of these, the whole for the last few; the best takes the parent's place if it is better on the whole. Theirs starts from the uniform width below the
-budget and may lose budget with every mutation; this one starts where it is told to (the exact solution), and a mutation raises some units by a rung,
-lowers others until the budget is met and fills what is left.
+budget and may lose budget with every mutation; this one starts from the best of what it is given (the exact solution, and that width), and a mutation
+raises some units by a rung, lowers others until the budget is met and fills what is left.
 
 Pure: what a choice loses is asked of the caller.
 """
@@ -44,7 +44,7 @@ class Step:
 def evolve(
     problem: Problem,
     budget: int,
-    start: Choice,
+    starts: Sequence[Choice],
     loss: Loss,
     stages: Sequence[Stage],
     children: int,
@@ -54,19 +54,19 @@ def evolve(
     better: Callable[[Choice], None] = lambda choice: None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Step]:
-    """Every improvement, the start first; the last is the best. problem: its costs alone count. better: called with every new parent.
+    """Every improvement, the best start first; the last is the best. problem: its costs alone count. better: called with every new parent, that start too.
 
     Raises PlanError for a budget that nothing meets.
     """
     problem.check(budget)
     chance, began = random.Random(seed), time.monotonic()
     whole, ladder = stages[-1].samples, Ladder.of(problem)
-    best = fill(ladder, budget, start, chance) if problem.cost(start) <= budget else start
-    found = [Step(0, 0.0, loss(start, whole), start)]
-    tried = {start, best}
-    if best != start and (value := loss(best, whole)) < found[0].loss:
-        found.append(Step(0, time.monotonic() - began, value, best))
-        better(best)
+    filled = [fill(ladder, budget, start, chance) for start in starts if problem.cost(start) <= budget]
+    tried = dict.fromkeys((*starts, *filled))
+    values = {choice: loss(choice, whole) for choice in tried}
+    first = min(tried, key=values.__getitem__)
+    found = [Step(0, time.monotonic() - began, values[first], first)]
+    better(first)
     for generation in range(1, generations + 1):
         if time.monotonic() - began > seconds:
             break
@@ -83,13 +83,13 @@ def evolve(
     return found
 
 
-def _children(ladder: "Ladder", budget: int, parent: Choice, count: int, chance: random.Random, tried: set[Choice]) -> list[Choice]:
+def _children(ladder: "Ladder", budget: int, parent: Choice, count: int, chance: random.Random, tried: dict[Choice, None]) -> list[Choice]:
     """New ones: as many as can be found."""
     found: list[Choice] = []
     for _ in range(TRIES * count):
         child = mutate(ladder, budget, parent, chance)
         if child not in tried:
-            tried.add(child)
+            tried[child] = None
             found.append(child)
         if len(found) == count:
             break

@@ -82,12 +82,12 @@ class Task:
         assert self.probe is not None  # whoever asks for it brings one
         probe, widths = self.probe(), self.model.layout.widths
         bits = lambda choice: {i: widths[k] for i, k in enumerate(choice)}  # noqa: E731
-        start = solve.exact(problem, self.budget.limit)
-        probe.rebase(bits(start))
+        uniform = [choice for k in range(len(widths)) if problem.cost(choice := (k,) * len(self.units)) <= self.budget.limit]
+        starts = [solve.exact(problem, self.budget.limit), *sorted(uniform, key=problem.cost)[-1:]]
         few = max(1, probe.samples // 4)
         stages = [evolve.Stage(few, max(1, search.children // 4)), evolve.Stage(probe.samples, 1)]
         return evolve.evolve(
-            problem, self.budget.limit, start, lambda choice, samples: float(probe.kl(bits(choice), samples).double().mean()), stages,
+            problem, self.budget.limit, starts, lambda choice, samples: float(probe.kl(bits(choice), samples).double().mean()), stages,
             search.children, search.generations, search.seconds, search.seed,
             better=lambda choice: probe.rebase(bits(choice)), tell=lambda done, of: tell("generations", done, of),
         )  # fmt: skip
