@@ -103,13 +103,17 @@ int check(const char *isa) {
     const bool biased = between(0, 1) != 0;
     if (mq_linear(&w, bits, x.data(), m, biased ? bias.data() : nullptr, y.data(), exact, between(1, 3), isa)) return std::printf("%s refused\n", isa), 1;
     const std::vector<double> r = exact ? std::vector<double>(x.begin(), x.end()) : rounded(weight, x, m);
+    std::vector<double> values, sizes;  // of the weight, and of what errors are measured against
+    for (int64_t o = 0; o < w.out; ++o)
+        for (int64_t i = 0; i < w.in; ++i) {
+            values.push_back(weight.value(o, i, bits));
+            sizes.push_back(std::fabs(values.back()) + std::fabs(512 * double(half_to_float(weight.half[size_t(o * w.groups + i / w.group)]))));
+        }
     for (int64_t row = 0; row < m; ++row)
         for (int64_t o = 0; o < w.out; ++o) {
+            const double *v = &values[size_t(o * w.in)], *size_of = &sizes[size_t(o * w.in)], *of = &r[size_t(row * w.in)];
             double want = biased ? bias[size_t(o)] : 0, whole = std::fabs(want);
-            for (int64_t i = 0; i < w.in; ++i) {
-                const double term = weight.value(o, i, bits) * r[size_t(row * w.in + i)];
-                want += term, whole += std::fabs(term) + std::fabs(double(half_to_float(weight.half[size_t(o * w.groups + i / w.group)])) * 512 * r[size_t(row * w.in + i)]);
-            }
+            for (int64_t i = 0; i < w.in; ++i) want += v[i] * of[i], whole += size_of[i] * std::fabs(of[i]);
             const double got = y[size_t(row * w.out + o)];
             if (!(std::fabs(got - want) <= 2e-6 * whole)) {
                 std::printf("%s: %lld bits of %lld, out %lld, %lld groups of %lld, m %lld, exact %d: got %g, want %g\n", isa, (long long)bits,
