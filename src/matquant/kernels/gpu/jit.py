@@ -281,10 +281,10 @@ def dot(
                 real = (where < tl.where(known, GROUP, 0))[:, None] & (m < tokens)[None, :]
                 inputs = tl.load(x + m[None, :] * in_features + (group * GROUP + where)[:, None], mask=real, other=0.0)
                 total += inputs.to(tl.float32)
-                w = _run_of_high(high0, high1, bits2, bits3, unit * APPLY + run * RUN, RUN, BLOCK_N, BITS, KIND)
+                w = _run_of(high0, high1, bits2, bits3, False, unit * APPLY + run * RUN, RUN, BLOCK_N, BITS, KIND)
                 a = tl.dot(w, inputs, a, input_precision="ieee")
                 if BITS > 4:
-                    w = _run_of_low(low0, low1, last0, last1, unit * APPLY + run * RUN, RUN, BLOCK_N, BITS, KIND)
+                    w = _run_of(low0, low1, last0, last1, True, unit * APPLY + run * RUN, RUN, BLOCK_N, BITS, KIND)
                     b = tl.dot(w, inputs, b, input_precision="ieee")
             acc += (sc * HIGH)[:, None] * a
             if BITS > 4:
@@ -301,18 +301,18 @@ def dot(
 
 @triton.jit
 @no_type_check
-def _run_of_high(pair0, pair1, second, third, S: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr):
-    """RUN slots from S on as the columns of an operand."""
-    w0 = _high_of(pair0, pair1, second, third, S, BITS, KIND == 1)
+def _run_of(a, b, c, d, LOW: tl.constexpr, S: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr):
+    """RUN slots of high or low nibbles from S on as the columns of an operand. a, b, c, d: as `_high_of` or `_low_of` takes them."""
+    w0 = _slot_of(a, b, c, d, LOW, S, BITS, KIND)
     if RUN == 1:
         w = tl.join(w0[0], w0[1]).reshape(BLOCK_N, SLOT)
     elif RUN == 2:
-        w1 = _high_of(pair0, pair1, second, third, S + 1, BITS, KIND == 1)
+        w1 = _slot_of(a, b, c, d, LOW, S + 1, BITS, KIND)
         w = _two(w0, w1, BLOCK_N)
     else:
-        w1 = _high_of(pair0, pair1, second, third, S + 1, BITS, KIND == 1)
-        w2 = _high_of(pair0, pair1, second, third, S + 2, BITS, KIND == 1)
-        w3 = _high_of(pair0, pair1, second, third, S + 3, BITS, KIND == 1)
+        w1 = _slot_of(a, b, c, d, LOW, S + 1, BITS, KIND)
+        w2 = _slot_of(a, b, c, d, LOW, S + 2, BITS, KIND)
+        w3 = _slot_of(a, b, c, d, LOW, S + 3, BITS, KIND)
         w = _four(w0, w1, w2, w3, BLOCK_N)
     if KIND == 2:
         w = w.to(tl.float32)
@@ -321,21 +321,11 @@ def _run_of_high(pair0, pair1, second, third, S: tl.constexpr, RUN: tl.constexpr
 
 @triton.jit
 @no_type_check
-def _run_of_low(fourth0, fourth1, sixth0, sixth1, S: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr):
-    """The same of low nibbles."""
-    w0 = _low_of(fourth0, fourth1, sixth0, sixth1, S, BITS, KIND == 1)
-    if RUN == 1:
-        w = tl.join(w0[0], w0[1]).reshape(BLOCK_N, SLOT)
-    elif RUN == 2:
-        w1 = _low_of(fourth0, fourth1, sixth0, sixth1, S + 1, BITS, KIND == 1)
-        w = _two(w0, w1, BLOCK_N)
+def _slot_of(a, b, c, d, LOW: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr):
+    if LOW:
+        w = _low_of(a, b, c, d, S, BITS, KIND == 1)
     else:
-        w1 = _low_of(fourth0, fourth1, sixth0, sixth1, S + 1, BITS, KIND == 1)
-        w2 = _low_of(fourth0, fourth1, sixth0, sixth1, S + 2, BITS, KIND == 1)
-        w3 = _low_of(fourth0, fourth1, sixth0, sixth1, S + 3, BITS, KIND == 1)
-        w = _four(w0, w1, w2, w3, BLOCK_N)
-    if KIND == 2:
-        w = w.to(tl.float32)
+        w = _high_of(a, b, c, d, S, BITS, KIND == 1)
     return w
 
 
