@@ -199,8 +199,9 @@ def main() -> None:
                     means = RunOptions(gguf_file=options.gguf_file, device=options.device)
                     rows += run(recipe, (options.model, options.gguf_file), original, texts, means, work)
                     print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-5:]], flush=True)
-            except MatquantError as error:  # a training that diverged at once is a result
-                print(f"{key}: {error}", flush=True)
+            except MatquantError as error:
+                print(f"{key}: {error}; its work is kept in {folder}", flush=True)
+                continue
             written = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}  # another process may have added to it
             entry = {"words": variant.words, "command": command(), "machine": machine(), "settings": variant.settings, "rows": rows}
             result["runs"] = {**written, key: entry}
