@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matquant import corpus
-from matquant.corpus import documents, packed, shuffled
+from matquant.corpus import documents, packed, shuffled, with_held_out
 from matquant.errors import InputError
 
 
@@ -43,7 +43,7 @@ def test_streams_are_not_read_ahead() -> None:
     sequences = packed(Bytes(), rows, 4, None)
     list(islice(sequences, 4))
     assert len(read) == 2
-    list(islice(shuffled(sequences, 0, buffer=10), 1))
+    list(islice(shuffled(sequences, 0, buffer=10 * 4), 1))
     assert len(read) < 12
 
 
@@ -53,6 +53,17 @@ def test_shuffled_is_a_permutation_that_a_seed_fixes() -> None:
     assert sorted(order(0)) == list(range(100)) and order(0) == order(0) != order(1) and order(0) != list(range(100))
     assert all(value <= place + 20 for place, value in enumerate(order(0)))
     assert order(0, 0) == list(range(100))
+
+
+def test_short_trainings_see_all_parts_of_a_text() -> None:
+    """So do the sequences that decide; these are never trained on, and each of the others is once in every round, in another order."""
+    held, stream = with_held_out(lambda: (torch.tensor([i, i]) for i in range(1000)), 8, 3)
+    rounds = [int(ids[0]) for ids in islice(stream(), 2 * 992)]
+    first, second, kept = rounds[:992], rounds[992:], {int(ids[0]) for ids in held}
+    assert len(kept) == 8 and sorted({*first, *kept}) == sorted({*second, *kept}) == list(range(1000)) and first != second
+    for part in (kept, first[:32]):
+        assert min(part) < 250 and max(part) > 750
+    assert [int(ids[0]) for ids in islice(stream(), 50)] == rounds[:50]  # from the start again
 
 
 def test_rows_before_a_fault_are_read(tmp_path: Path) -> None:

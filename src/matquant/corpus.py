@@ -1,6 +1,7 @@
 """Texts: documents as a stream, and packed into sequences without padding, in an order that a seed fixes.
 
-Of rows (JSONL, datasets) only a buffer is held, so they may be larger than memory. The n-th sequence depends on the text and the seed
+Of rows (JSONL, datasets) only a buffer is held, so they may be larger than memory. It holds some millions of tokens: of a text that is not longer, a
+short training sees all parts, and not its beginning. The n-th sequence depends on the text and the seed
 alone: a run that is resumed skips what it has seen, and several processes read the same stream and take different sequences of it.
 """
 
@@ -8,7 +9,8 @@ import json
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, count, islice
+from itertools import chain, islice
+from itertools import count as counting
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from matquant.errors import InputError
 TEXT_KEYS = ("text", "content", "page", "messages")
 SEPARATOR = "\n\n"  # between documents
 PIECE = 2**16  # characters that are tokenized at once
-BUFFER = 256  # sequences that are shuffled among each other
+BUFFER = 2**22  # tokens of the sequences that are shuffled among each other: 32 MiB
 
 Stream = Callable[[], Iterator[Tensor]]
 """Sequences Int[Tensor, "length"] from the start."""
@@ -137,29 +139,41 @@ def without_last(sequences: Iterable[Int[Tensor, " length"]], count: int) -> Ite
 
 
 def shuffled(sequences: Iterable[Int[Tensor, " length"]], seed: int, buffer: int = BUFFER) -> Iterator[Int[Tensor, " length"]]:
-    """The same sequences; each next one is drawn from `buffer` that are held."""
-    draw, held = random.Random(seed), list[Tensor]()
+    """The same sequences; each next one is drawn from those that are held, of `buffer` tokens together."""
+    draw, held, tokens = random.Random(seed), list[Tensor](), 0
+
+    def drawn() -> Tensor:
+        place = draw.randrange(len(held))
+        held[place], held[-1] = held[-1], held[place]
+        return held.pop()
+
     for sequence in sequences:
         held.append(sequence)
-        if len(held) > buffer:
-            yield held.pop(draw.randrange(len(held)))
+        tokens += len(sequence)
+        if tokens > buffer:
+            yield (one := drawn())
+            tokens -= len(one)
     while held:
-        yield held.pop(draw.randrange(len(held)))
+        yield drawn()
 
 
 def with_held_out(make: Callable[[], Iterator[Int[Tensor, " length"]]], held: int, seed: int) -> tuple[Int[Tensor, "held length"], Stream]:
-    """(the first `held` sequences of a text, or an eighth of a short one; an endless stream of the others, shuffled anew each time round).
+    """(`held` sequences of a text, or an eighth of a short one; an endless stream of the others, in another order each time round).
 
     make: the text's sequences from its start. A text of one sequence serves for both. Raises InputError for one of none.
     """
-    first = list(islice(make(), 8 * held))
-    if not first:
+    count = sum(1 for _ in islice(make(), 8 * held))
+    if not count:
         raise InputError("the text to train on is shorter than one sequence; give more text, or a smaller --seq-len")
-    held = max(min(held, len(first) // 8), 1)
-    skipped = held if len(first) > 1 else 0
+    held = max(min(held, count // 8), 1)
+    skipped = held if count > 1 else 0
+
+    def others() -> Iterator[Tensor]:
+        return islice(shuffled(make(), seed), skipped, None)
 
     def endless() -> Iterator[Tensor]:
-        for epoch in count():
-            yield from shuffled(islice(make(), skipped, None), seed + epoch)
+        yield from others()
+        for epoch in counting(1):
+            yield from shuffled(others(), seed + epoch)
 
-    return torch.stack(first[:held]), endless
+    return torch.stack(list(islice(shuffled(make(), seed), held))), endless
