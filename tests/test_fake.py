@@ -139,3 +139,11 @@ def test_roundings_pass_gradients() -> None:
     assert snapped(s, torch.float16).tolist() == [1.0, 2.0**-24]
     snapped(s, torch.float16).sum().backward()
     assert s.grad is not None and s.grad.tolist() == [1.0, 1.0]
+
+
+def test_what_is_rounded_is_whole_however_far_it_was() -> None:
+    """A stretch that was trained to below 0 is 1, not a little less, which a byte would hold as 0."""
+    x = torch.randn(10000, generator=torch.Generator().manual_seed(0)) * 300
+    assert set(rounded(x, 1, 255).tolist()) <= set(range(1, 256))
+    scales = torch.randn(10000, generator=torch.Generator().manual_seed(1)).exp() * 1e5
+    assert torch.equal(snapped(scales, torch.float16), snapped(scales, torch.float16).half().float())

@@ -38,12 +38,17 @@ def fake_read(
 
 def rounded(x: Float[Tensor, "*shape"], low: int, high: int) -> Float[Tensor, "*shape"]:
     """x as a whole number from low to high, half up; gradients pass straight through."""
-    return x + ((x + 0.5).floor().clamp(low, high) - x).detach()
+    return _straight_through(x, (x + 0.5).floor().clamp(low, high))
 
 
 def snapped(scale: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
     """Scales as a checkpoint holds them; gradients pass straight through."""
-    return scale + (snap(scale, dtype) - scale).detach()
+    return _straight_through(scale, snap(scale, dtype))
+
+
+def _straight_through(x: Float[Tensor, "*shape"], value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`value` to the bit, with the gradient of x. The usual x + (value - x) rounds: -3.7 + 4.7 is below 1, and is stored as 0."""
+    return value.detach() + (x - x.detach())
 
 
 class _Read(torch.autograd.Function):
