@@ -69,7 +69,10 @@ def test_pairs_at_other_widths_scale_with_both_effects(found: Sensitivity) -> No
     for (i, j), table in terms.items():
         assert table[2, 2] == pytest.approx(found.pairs[i, j], rel=1e-6)
         assert (table[0] == 0).all() and (table[:, 0] == 0).all()
-        assert table[1, 2] == pytest.approx(found.pairs[i, j] * (losses[i, 1] / losses[i, 2]) ** 0.5, rel=1e-6)
+        assert table[1, 1] == pytest.approx(found.pairs[i, j] * (losses[i, 1] * losses[j, 1] / losses[i, 2] / losses[j, 2]) ** 0.5, rel=1e-6)
+        # what makes up for another at its own width does not at others
+        assert table[1, 2] == pytest.approx(max(found.pairs[i, j], 0) * (losses[i, 1] / losses[i, 2]) ** 0.5, rel=1e-6)
+    assert min(found.pairs.values()) < 0 < max(found.pairs.values())
 
 
 def test_predictions_are_exact_for_uniform_widths_and_monotone_between(found: Sensitivity) -> None:
