@@ -86,9 +86,7 @@ def recipes(variant: Variant, common: dict[str, Any], tokens: int) -> list[Recip
     return [Recipe(**{**settings, "parent_bits": r, "bits": (r,), "targets": {r: 1.0}, "streams": (r,)}) for r in WIDTHS]
 
 
-def run(
-    recipe: Recipe, model: tuple[str, str | None], original: Any, texts: dict[str, torch.Tensor], options: RunOptions, folder: Path
-) -> list[dict[str, Any]]:
+def run(recipe: Recipe, model: str, original: Any, texts: dict[str, torch.Tensor], options: RunOptions, folder: Path) -> list[dict[str, Any]]:
     """Rows {text, bits, tuned, bits_per_weight, perplexity, kl, top1, overflow, seconds}; where reads are tuned, of the reads before that too.
 
     folder: for the work, from which a run that was killed goes on; its seconds are then null. What is left at the end are the rows.
@@ -100,12 +98,12 @@ def run(
     out, plain, started = folder / "out", folder / "plain", time.perf_counter()
     resumed = (folder / "out.partial").exists() or out.exists()
     follow = Lines(out, plain if recipe.finetune_reads else None)
-    report = saved_report(out) if out.exists() else quantize(model[0], out, recipe, replace(options, resume=resumed), follow)
+    report = saved_report(out) if out.exists() else quantize(model, out, recipe, replace(options, resume=resumed), follow)
     finished = time.perf_counter()
     made = [(out, bool(recipe.finetune_reads), finished - started)]
     if recipe.finetune_reads:
         if not plain.exists():
-            quantize(model[0], plain, replace(recipe, finetune_reads=0), replace(options, resume=True), follow)
+            quantize(model, plain, replace(recipe, finetune_reads=0), replace(options, resume=True), follow)
         made.insert(0, (plain, False, (follow.tuning_at or finished) - started))
     rows = []
     for checkpoint, tuned, took in made:
@@ -186,6 +184,7 @@ def main() -> None:
     if result.get("setting", setting) != setting:
         sys.exit(f"{options.out} was made with other settings: {result['setting']}; choose another --out")
     result |= {"name": options.name, "setting": setting}
+    how = RunOptions(gguf_file=options.gguf_file, device=options.device)
     for seed in options.seeds:
         for name in options.only:
             variant, key = VARIANTS[name], f"{name}/{seed}"
@@ -195,9 +194,7 @@ def main() -> None:
             folder = options.out.with_suffix(".work") / f"{name}-{seed}"
             try:
                 for recipe in recipes(variant, common | {"seed": seed}, options.tokens):
-                    work = folder / recipe.hash[:12]
-                    means = RunOptions(gguf_file=options.gguf_file, device=options.device)
-                    rows += run(recipe, (options.model, options.gguf_file), original, texts, means, work)
+                    rows += run(recipe, options.model, original, texts, how, folder / recipe.hash[:12])
                     print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-5:]], flush=True)
             except MatquantError as error:
                 print(f"{key}: {error}; its work is kept in {folder}", flush=True)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from tables import MEASURES, Values, counts, load, name_of, ratios, table, thousandths
+from tables import MEASURES, Values, collect, counts, load, name_of, ratios, table, thousandths
 
+BASES, OURS = ("omniquant", "qat"), ("nested", "block")
 FAMILY = ("baseline", "sliced", "matquant", "single", "extra", "8to2", "8to4-2", "only-8to2", "weights", "balanced", "random", "ours")
 TUNED = "+tuned"  # behind a variant's name: its reads were tuned
 
@@ -14,8 +15,7 @@ def learned(model: str) -> str:
     setting, runs = stored["setting"], variants(stored)
     texts = list(dict.fromkeys(text for _, values in runs.values() for text, _ in values))
     commands = dict.fromkeys(run["command"] for run in stored["runs"].values())
-    order = [f"{base}-{member}" for base in ("omniquant", "qat") for member in FAMILY]
-    order += [name + suffix for name in ("nested", "block") for suffix in ("", TUNED)]
+    order = [f"{base}-{member}" for base in BASES for member in FAMILY] + [name + suffix for name in OURS for suffix in ("", TUNED)]
     parts = [
         "\n".join(f"    {command}" for command in commands)
         + f"\n\nGroups of {setting['group_size']}. Calibrated on {counts([setting['num_samples'], setting['seq_len']])} of {setting['calibration']}, trained on "
@@ -25,14 +25,10 @@ def learned(model: str) -> str:
     for text in texts:
         parts += [f"{title}, {name_of(text)}:\n\n{table(runs, order, text, key, words)}" for title, key, words in MEASURES]
     parts.append(f"bits per weight, metadata included:\n\n{table(runs, order, texts[0], 'bits_per_weight', thousandths)}")
-    for base, words in (("omniquant-baseline", "OmniQuant, one run a width"), ("qat-baseline", "QAT, one run a width")):
+    compared = {f"{base}-baseline": [f"{base}-{member}" for member in FAMILY] for base in BASES}
+    for base, others in (compared | {name: [name + TUNED] for name in OURS}).items():
         if base in runs:
-            parts.append(
-                f"KL over that of {words}:\n\n{ratios(runs, [name for name in order if name.startswith(base.partition('-')[0])], base, texts)}"
-            )
-    for name in ("nested", "block"):
-        if name + TUNED in runs:
-            parts.append(f"KL over that of {runs[name][0]}:\n\n{ratios(runs, [name + TUNED], name, texts)}")
+            parts.append(f"KL over that of {runs[base][0]}:\n\n{ratios(runs, others, base, texts)}")
     return "\n".join(parts)
 
 
@@ -45,7 +41,5 @@ def variants(stored: dict[str, Any]) -> dict[str, tuple[str, Values]]:
             label, words = name.removesuffix("-tuned"), run["words"]
             if row["tuned"]:
                 label, words = label + TUNED, f"{words}, reads tuned"
-            of = found.setdefault(label, (words, {}))[1].setdefault((row["text"], row["bits"]), {})
-            for measure in ("kl", "perplexity", "top1", "bits_per_weight"):
-                of.setdefault(measure, []).append(row[measure])
+            collect(found, label, words, row)
     return found

@@ -28,6 +28,13 @@ def name_of(name: str) -> str:
 Values = dict[tuple[str, int], dict[str, list[float]]]  # (text, bits) -> measure -> one value a seed
 
 
+def collect(found: dict[str, tuple[str, Values]], label: str, words: str, row: dict[str, Any]) -> None:
+    """Add one row of a run."""
+    of = found.setdefault(label, (words, {}))[1].setdefault((row["text"], row["bits"]), {})
+    for measure in ("kl", "perplexity", "top1", "bits_per_weight"):
+        of.setdefault(measure, []).append(row[measure])
+
+
 def variants(stored: dict[str, Any]) -> dict[str, tuple[str, Values]]:
     """Variant -> (its words, values). A variant measured with and without refits is two, the second named NAME+refit."""
     found: dict[str, tuple[str, Values]] = {}
@@ -38,9 +45,7 @@ def variants(stored: dict[str, Any]) -> dict[str, tuple[str, Values]]:
             where = (row["text"], row["bits"])
             twice = row["refit"] and where in plain
             label, words = (f"{name}+refit", f"{run['words']}, refit") if twice else (name, run["words"])
-            of = found.setdefault(label, (words, {}))[1].setdefault(where, {})
-            for measure in ("kl", "perplexity", "top1", "bits_per_weight"):
-                of.setdefault(measure, []).append(row[measure])
+            collect(found, label, words, row)
     for name in list(found):
         if name.endswith("+refit"):  # where a width has no refit, the row repeats what it reads without
             found[name] = found[name][0], found[name.removesuffix("+refit")][1] | found[name][1]

@@ -41,6 +41,7 @@ def test_mean_bits_count_the_metadata() -> None:
     assert (found.costs == BITS).all()
     assert found.limit == 20480 * 4.25
     assert exact(problem(found), found.limit) == (1, 1)
+    assert found.uniform == [2, 1] and budget.mean_bits(MODEL, 4.2499).uniform == [2]
     assert exact(problem(budget.mean_bits(MODEL, 4.2499)), budget.mean_bits(MODEL, 4.2499).limit) == (1, 2)
     assert found.show(found.limit) == "4.25 bits a weight of the quantized part, metadata counted"
     shown_is_met(found, lambda text: budget.mean_bits(MODEL, float(text)))

@@ -9,8 +9,7 @@ import json
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
-from itertools import count as counting
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -162,18 +161,18 @@ def with_held_out(make: Callable[[], Iterator[Int[Tensor, " length"]]], held: in
 
     make: the text's sequences from its start. A text of one sequence serves for both. Raises InputError for one of none.
     """
-    count = sum(1 for _ in islice(make(), 8 * held))
-    if not count:
+    first = list(islice(shuffled(make(), seed), 8 * held))
+    if not first:
         raise InputError("the text to train on is shorter than one sequence; give more text, or a smaller --seq-len")
-    held = max(min(held, count // 8), 1)
-    skipped = held if count > 1 else 0
+    held = max(min(held, len(first) // 8), 1)
+    skipped = held if len(first) > 1 else 0
 
     def others() -> Iterator[Tensor]:
         return islice(shuffled(make(), seed), skipped, None)
 
     def endless() -> Iterator[Tensor]:
         yield from others()
-        for epoch in counting(1):
+        for epoch in count(1):
             yield from shuffled(others(), seed + epoch)
 
-    return torch.stack(list(islice(shuffled(make(), seed), held))), endless
+    return torch.stack(first[:held]), endless

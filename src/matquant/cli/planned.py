@@ -113,7 +113,7 @@ def better_uniform(session: Session, budget: Budget, measured: float | None) -> 
     """Reads of one width are made for each other, which a sum over units does not see; so a plan can lose to a uniform width of its size."""
     if session.known is None or measured is None:
         return None
-    within = [r for k, r in enumerate(session.widths) if int(budget.costs[:, k].sum()) <= budget.limit and r in session.known.uniform]
+    within = [session.widths[k] for k in budget.uniform if session.widths[k] in session.known.uniform]
     best = min(within, key=session.known.uniform.__getitem__, default=None)
     return best if best is not None and session.known.uniform[best] < measured else None
 

@@ -64,6 +64,12 @@ class Budget:
     limit: int
     show: Callable[[float], str]
 
+    @property
+    def uniform(self) -> list[int]:
+        """Columns of the widths that all units may have at once, the dearest last."""
+        costs = self.costs.sum(0)
+        return [k for k in sorted(range(len(costs)), key=costs.__getitem__) if costs[k] <= self.limit]
+
 
 def mean_bits(model: Model, bits: float, whole: bool = False) -> Budget:
     """Of the quantized weights, or of the whole model. Raises PlanError for what is no number of bits."""

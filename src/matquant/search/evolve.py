@@ -54,17 +54,16 @@ def evolve(
     better: Callable[[Choice], None] = lambda choice: None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Step]:
-    """Every improvement, the best start first; the last is the best. problem: its costs alone count. better: called with every new parent, that start too.
+    """Every improvement, the best start first; the last is the best. problem: its costs alone count. starts: each within the budget. better: called with every new parent, that start too.
 
     Raises PlanError for a budget that nothing meets.
     """
     problem.check(budget)
     chance, began = random.Random(seed), time.monotonic()
     whole, ladder = stages[-1].samples, Ladder.of(problem)
-    filled = [fill(ladder, budget, start, chance) for start in starts if problem.cost(start) <= budget]
-    tried = dict.fromkeys((*starts, *filled))
-    values = {choice: loss(choice, whole) for choice in tried}
-    first = min(tried, key=values.__getitem__)
+    filled = [fill(ladder, budget, start, chance) for start in starts]
+    values = {choice: loss(choice, whole) for choice in dict.fromkeys((*starts, *filled))}
+    tried, first = set(values), min(values, key=values.__getitem__)
     found = [Step(0, time.monotonic() - began, values[first], first)]
     better(first)
     for generation in range(1, generations + 1):
@@ -83,13 +82,13 @@ def evolve(
     return found
 
 
-def _children(ladder: "Ladder", budget: int, parent: Choice, count: int, chance: random.Random, tried: dict[Choice, None]) -> list[Choice]:
+def _children(ladder: "Ladder", budget: int, parent: Choice, count: int, chance: random.Random, tried: set[Choice]) -> list[Choice]:
     """New ones: as many as can be found."""
     found: list[Choice] = []
     for _ in range(TRIES * count):
         child = mutate(ladder, budget, parent, chance)
         if child not in tried:
-            tried[child] = None
+            tried.add(child)
             found.append(child)
         if len(found) == count:
             break

@@ -82,8 +82,7 @@ class Task:
         assert self.probe is not None  # whoever asks for it brings one
         probe, widths = self.probe(), self.model.layout.widths
         bits = lambda choice: {i: widths[k] for i, k in enumerate(choice)}  # noqa: E731
-        uniform = [choice for k in range(len(widths)) if problem.cost(choice := (k,) * len(self.units)) <= self.budget.limit]
-        starts = [solve.exact(problem, self.budget.limit), *sorted(uniform, key=problem.cost)[-1:]]
+        starts = [solve.exact(problem, self.budget.limit), *((k,) * len(self.units) for k in self.budget.uniform[-1:])]
         few = max(1, probe.samples // 4)
         stages = [evolve.Stage(few, max(1, search.children // 4)), evolve.Stage(probe.samples, 1)]
         return evolve.evolve(

@@ -4,8 +4,8 @@
     I(i, j)       L(i, j) - L(i) - L(j) + L(0) at one width, for units of one block and of neighbouring blocks (CLADO, https://arxiv.org/abs/2307.05657)
 
 To second order KL is a square, |d_1 + d_2 + ...|^2 / 2 in the metric of the predictions: I is twice the inner product of two units' effects, and other
-widths scale it by their lengths, so I(i at r, j at s) = I(i, j) sqrt(L(i, r) L(j, s) / (L(i) L(j))). A negative I is no such product by chance: reads
-of one width are fitted to each other, and make up for each other at no other. So where r and s differ, only a positive I counts.
+widths scale it by their lengths, so I(i at r, j at s) = I(i, j) sqrt(L(i, r) L(j, s) / (L(i) L(j))). A negative I comes of reads that were
+fitted to each other at one width, and make up for each other at no other: where r and s differ, only a positive I counts.
 
 Sums of L miss what grows with the square of everything together. Uniform widths are measured too, and a prediction is read off the line through them:
 from the sum of L at every uniform width to its true KL, straight in logarithms. That changes no order among plans.
