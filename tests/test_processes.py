@@ -130,3 +130,13 @@ def test_alone() -> None:
     assert World(1, 2, 1).place(torch.device("cuda:0")) == torch.device("cuda", 0)
     assert ALONE.place(torch.device("cuda")) == torch.device("cuda")
     assert ALONE.same(3) == 3 and ALONE.gather("x") == ["x"] and ALONE.total(2) == 2.0 and ALONE.once(lambda: 4) == 4
+
+
+def test_left_without_a_shutdown_of_the_interpreter() -> None:
+    """In which threads of gloo abort the process now and then."""
+    script = (
+        "import atexit, os, torch; from matquant.world import World; atexit.register(os.abort); print('report');"
+        "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1); World(0, 2).leave()"
+    )
+    run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "report\n"), run.stderr[-3000:]

@@ -16,6 +16,7 @@ from matquant.joint import Joint
 from matquant.train import Fit, Means, Schedule, Trained, whole
 from matquant.trainable import TrainedLinear
 from matquant.weight import NestedWeight
+from matquant.world import World
 
 GRID = Grid(8, 16, symmetric=False, overlap=False)
 SCHEDULE = Schedule(steps=6, batch=4, slice_size=1, warmup=2, decay="cosine", clip=1.0, save_every=4)
@@ -85,8 +86,7 @@ def main() -> None:
     sharded = {type(p).__name__ for p in run.model.parameters()} == {"DTensor"}
     assert sharded is (kind == "fsdp")
     torch.save(codes(run), folder / f"codes-{accelerator.process_index}.pt")
-    torch.distributed.barrier()  # a process whose peer has gone already may abort in its threads
-    torch.distributed.destroy_process_group()
+    World(accelerator.process_index, accelerator.num_processes).leave()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ All processes of a run go the same way; whatever these methods give is the same 
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,9 +93,17 @@ class World:
         return outcome
 
     def leave(self) -> None:
-        """At the very end of all."""
+        """The end of a run that went well. One process of several ends here, without the shutdown of its interpreter.
+
+        Gloo's threads live on where a cache of torch's still knows the group (DTensor's does), and one that lets go of a tensor while the
+        interpreter shuts down aborts the process: https://github.com/pytorch/pytorch/pull/179291
+        """
         if self.size > 1:
+            distributed.barrier()
             distributed.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 ALONE = World()

@@ -57,8 +57,8 @@ def quantize(
         return world.leave()
     with show.Progress() as progress:
         report = pipeline.quantize(model, output, recipe, options, progress)
-    world.leave()
     show.report(report, output, progress.summary(), as_json)
+    world.leave()
 
 
 def evaluate(
