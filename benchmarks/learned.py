@@ -34,7 +34,7 @@ WIDTHS = (8, 6, 4, 3, 2)
 LAMBDA = {8: 0.1, 4: 0.1, 2: 1.0}
 PAPER = {"bits": WIDTHS, "slicing": "round", "refit_bits": 0, "clip_search": False, "streams": (8,), "asymmetric_calibration": 0.0}
 OMNIQUANT = PAPER | {"method": "omniquant", "normalize": False, "relative_tokens": False}
-QAT = PAPER | {"method": "qat"}
+QAT = PAPER | {"method": "qat", "learning_rate": 1e-4}  # ten times the paper's: budgets here are thousands of times smaller
 OURS = {"bits": WIDTHS}
 
 

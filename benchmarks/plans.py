@@ -7,7 +7,8 @@
 measure   sensitivities of all units at all widths, on --num-samples sequences of --train, compared with the checkpoint's own widest read
 pairs     of units within a block and of neighbouring blocks
 solve     exact, quadratic, exact by modules, fisher, output-error, round-off, the paper's four schedules (their counts of blocks chosen with hindsight)
-evolve    from the exact solution, on --search-samples sequences of --train, --search-seconds a budget; long: --long-seconds at one budget
+evolve    from the exact solution or a uniform width, on --search-samples sequences of --train, --search-seconds a budget
+long      the same with one width for the attention and one for the MLP of a block, --long-seconds at one budget
 score     KL to the original of every plan and every uniform width, on --score-samples sequences of each --text
 
 Sensitivities and results are kept and not made again. Seconds are of a machine as busy as it was; `load` says how busy, and `cpu_seconds` are the
@@ -18,7 +19,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,11 @@ from matquant.cli.planned import source
 from matquant.errors import PlanError
 from matquant.plan import BitPlan
 from matquant.search import budget, planning
-from matquant.search.planning import SCHEDULES, Search, Task
+from matquant.search.planning import SCHEDULES, Found, Search, Task
+from matquant.search.plans import model_of
 from matquant.search.probe import Probe
 from matquant.search.session import Session
-from matquant.search.units import as_plan, by_module
+from matquant.search.units import Unit, as_plan, by_module
 
 STAGES = ("measure", "pairs", "solve", "evolve", "long", "score")
 SOLVERS: dict[str, tuple[str, str]] = {  # name -> (solver, loss)
@@ -126,30 +128,32 @@ class Bench:
                 except PlanError as error:
                     print(f"{name} at {bits}: {error}", flush=True)
             if pairs:
-                self.keep("module", bits, self.by_module(bits))
+                self.keep("module", bits, self.of_units(self.module_task(bits).solve("exact")))
         started = now()
         problem = self.task(self.options.budgets[0]).problem("kl")
         points = planning.solve.front(problem, 8)
         self.step("front", started, points=len(points))
 
-    def by_module(self, bits: float) -> planning.Found:
-        """Exact with one width for the attention and one for the MLP of a block. Their losses follow from those of their units and the pairs within,
-        as equal widths have them; `matquant plan` measures them as they are."""
-        known, widths, started = self.session.measured(), self.session.widths, time.perf_counter()
-        fused, costs, losses = self.session.structure.units, self.session.model.bits(), known.losses(self.session.widths)
-        merged = by_module(fused)
-        of = [next(m for m, unit in enumerate(merged) if own.layers[0] in unit.layers) for own in fused]
-        cost, loss = np.zeros((len(merged), len(widths)), dtype=np.int64), np.zeros((len(merged), len(widths)))
-        for i, m in enumerate(of):
-            cost[m] += costs[i]
-            loss[m] += losses[i]
+    def module_task(self, bits: float, probe: Callable[[], Probe] | None = None) -> Task:
+        """One width for the attention and one for the MLP of a block. Their losses follow from those of their units and the pairs within, as equal
+        widths have them; `matquant plan` measures them as they are."""
+        known, widths, units = self.session.measured(), self.session.widths, by_module(self.session.structure.units)
+        losses, of, loss = known.losses(widths), self.modules(), np.zeros((len(units), len(widths)))
+        np.add.at(loss, of, losses)
         for (i, j), terms in known.pair_terms(widths).items():
             if of[i] == of[j]:
                 loss[of[i]] += terms.diagonal()
-        problem = planning.Problem(cost, loss.clip(min=0.0))
-        coarse = planning.solve.exact(problem, budget.mean_bits(self.session.model, bits).limit)
-        choice = tuple(coarse[m] for m in of)
-        return planning.Found(choice, as_plan(fused, [widths[k] for k in choice]), time.perf_counter() - started)
+        model = model_of(self.checkpoint, replace(self.session.structure, units=units))
+        return Task(model, units, budget.mean_bits(model, bits), {"kl": loss.clip(min=0.0)}, {}, probe)
+
+    def of_units(self, found: Found) -> Found:
+        """A choice for attentions and MLPs as one for units."""
+        return replace(found, choice=tuple(found.choice[m] for m in self.modules()))
+
+    def modules(self) -> list[int]:
+        """The attention or MLP that each unit is of."""
+        fused = self.session.structure.units
+        return [next(m for m, unit in enumerate(by_module(fused)) if own.layers[0] in unit.layers) for own in fused]
 
     def keep(self, name: str, bits: float, found: planning.Found, **more: Any) -> None:
         plan = found.plan
@@ -162,35 +166,37 @@ class Bench:
         self.add("plans", f"{name}/{bits:g}", entry)
         print({key: entry[key] for key in ("solver", "budget", "bits", "seconds", "predicted_kl")}, flush=True)
 
-    def search_probe(self) -> Probe:
+    def search_probe(self, units: Sequence[Unit]) -> Probe:
         tokenizer = models.AutoTokenizer.from_pretrained(self.checkpoint.folder)
         tokens = calibration.token_stream(tokenizer, calibration.read_texts(self.options.train))
         bos = calibration.leading_token(tokenizer)
         chosen, _ = calibration.choose_windows(
             tokens, self.options.seq_len, self.options.search_samples, 0, self.options.seed + 1, self.options.train, bos
         )
-        return Probe(self.checkpoint, self.session.structure.units, chosen)
+        return Probe(self.checkpoint, units, chosen)
 
-    def search(self, name: str, budgets: list[float], seconds: float) -> None:
-        probe = self.search_probe()
-        for bits in budgets:
-            if f"{name}/{bits:g}" in self.results["plans"]:
-                continue
-            counted = [0]
+    def search(self, name: str, bits: float, task: Task, seconds: float) -> None:
+        counted = [0]
 
-            def tell(stage: str, done: int, of: int, counted: list[int] = counted) -> None:
-                counted[0] = done
-                self.tell(stage, done, of)
+        def tell(stage: str, done: int, of: int) -> None:
+            counted[0] = done
+            self.tell(stage, done, of)
 
-            limit = Search(generations=10**6, seconds=seconds, seed=self.options.seed)
-            found = self.task(bits, lambda: probe).solve("evolve", "kl", limit, tell)
-            self.keep(name, bits, found, generations=counted[0], load=os.getloadavg())
+        found = task.solve("evolve", "kl", Search(generations=10**6, seconds=seconds, seed=self.options.seed), tell)
+        choice = found if task.units is self.session.structure.units else self.of_units(found)
+        self.keep(name, bits, choice, generations=counted[0], samples=self.options.search_samples, load=os.getloadavg())
 
     def evolve(self) -> None:
-        self.search("evolve", self.options.budgets, self.options.search_seconds)
+        probe = self.search_probe(self.session.structure.units)
+        for bits in self.options.budgets:
+            if f"evolve/{bits:g}" not in self.results["plans"]:
+                self.search("evolve", bits, self.task(bits, lambda: probe), self.options.search_seconds)
 
     def long(self) -> None:
-        self.search("evolve-long", self.options.long, self.options.long_seconds)
+        probe = self.search_probe(by_module(self.session.structure.units))
+        for bits in self.options.long:
+            if f"evolve-long/{bits:g}" not in self.results["plans"]:
+                self.search("evolve-long", bits, self.module_task(bits, lambda: probe), self.options.long_seconds)
 
     def score(self) -> None:
         source = models.open_source(self.options.original)

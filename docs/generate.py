@@ -143,7 +143,7 @@ PLAN_SOLVERS = {
     "exact": "exact, a width for what engines fuse",
     "quadratic": "exact with pairs",
     "evolve": "evolution, two minutes, from that of fused units or a uniform width",
-    "evolve-long": "evolution, half an hour, from that of fused units",
+    "evolve-long": "evolution, half an hour, from that for attention and MLP or a uniform width",
     "fisher": "exact, on Fisher-weighted error",
     "output-error": "exact, on the report's output errors",
     "round-off": "MixQuant's rule, no data",
