@@ -2,14 +2,18 @@
 
     python benchmarks/plans.py CHECKPOINT --original MODEL --name WORDS --work DIR --out results.json --train FILE --text FILE [--text FILE ...]
         [--budgets 2.5 3 3.5 4 5 6] [--num-samples 4] [--seq-len 128] [--search-samples 16] [--search-seconds 120] [--score-samples 8]
-        [--score-len 256] [--seed 0] [--only measure pairs solve evolve long score] [--long 3.5] [--long-seconds 1800]
+        [--score-len 256] [--seed 0] [--only measure steps pairs solve evolve long score closer] [--long 3.5] [--long-seconds 1800]
+        [--closer 3.5 4] [--closer-samples 32]
 
 measure   sensitivities of all units at all widths, on --num-samples sequences of --train, compared with the checkpoint's own widest read
+steps     the same with one width for the attention and one for the MLP of a block, and what steps from every uniform width cost
 pairs     of units within a block and of neighbouring blocks
-solve     exact, quadratic, exact by modules, fisher, output-error, round-off, the paper's four schedules (their counts of blocks chosen with hindsight)
+solve     exact, quadratic, exact by modules (around the widest reads, and near the budget), fisher, output-error, round-off, the paper's four schedules
+          (their counts of blocks chosen with hindsight)
 evolve    from the exact solution or a uniform width, on --search-samples sequences of --train, --search-seconds a budget
 long      the same with one width for the attention and one for the MLP of a block, --long-seconds at one budget
 score     KL to the original of every plan and every uniform width, on --score-samples sequences of each --text
+closer    on more sequences, and against the uniform width within the budget sequence by sequence, plans of modules and of the long evolution
 
 Sensitivities and results are kept and not made again. Seconds are of a machine as busy as it was; `load` says how busy, and `cpu_seconds` are the
 processor's own.
@@ -24,7 +28,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peers import command
 from quality import evaluation, machine
@@ -36,12 +39,12 @@ from matquant.errors import PlanError
 from matquant.plan import BitPlan
 from matquant.search import budget, planning
 from matquant.search.planning import SCHEDULES, Found, Search, Task
-from matquant.search.plans import model_of
 from matquant.search.probe import Probe
 from matquant.search.session import Session
-from matquant.search.units import Unit, as_plan, by_module
+from matquant.search.units import Unit, as_plan
 
-STAGES = ("measure", "pairs", "solve", "evolve", "long", "score")
+STAGES = ("measure", "steps", "pairs", "solve", "evolve", "long", "score", "closer")
+CLOSER = ("near", "module", "evolve-long")
 SOLVERS: dict[str, tuple[str, str]] = {  # name -> (solver, loss)
     "exact": ("exact", "kl"),
     "quadratic": ("quadratic", "kl"),
@@ -65,6 +68,7 @@ class Bench:
         options.work.mkdir(parents=True, exist_ok=True)
         found = source(options.checkpoint, options.train, options.num_samples, options.seq_len, options.seed, None, None, "cpu", "float32")
         self.session = Session(self.checkpoint, found, options.work / "sensitivity.json", "fused", progress=self.tell)
+        self.modules = Session(self.checkpoint, found, options.work / "modules.json", "module", progress=self.tell)
         self.told = 0.0
 
     @property
@@ -75,7 +79,7 @@ class Bench:
     def add(self, section: str, key: str, value: Any) -> None:
         """Read before it is written: another process may have added to it."""
         data = self.results
-        data[section][key] = value
+        data.setdefault(section, {})[key] = value
         setting = {name: getattr(self.options, name) for name in ("num_samples", "seq_len", "search_samples", "score_samples", "score_len", "seed")}
         setting |= {"train": Path(self.options.train).name, "texts": [Path(text).name for text in self.options.text]}
         data |= {"name": self.options.name, "setting": setting, "units": len(self.session.structure.units)}
@@ -99,6 +103,13 @@ class Bench:
         before = 0 if known is None else sum(map(len, known.kl))
         found = self.session.measured()
         self.step("measure", started, resumed_from=before, measured=sum(map(len, found.kl)))
+
+    def steps(self) -> None:
+        started, known = now(), self.modules.known
+        count = lambda tables: sum(sum(map(len, rows)) for rows in tables)  # noqa: E731
+        before = 0 if known is None else count([known.kl, *known.around.values()])
+        found = self.modules.steps()
+        self.step("steps", started, resumed_from=before, measured=count([found.kl, *found.around.values()]), units=len(found.units))
 
     def pairs(self) -> None:
         started, before = now(), len(self.session.measured().pairs or ())
@@ -127,33 +138,24 @@ class Bench:
                     self.keep(name, bits, task.solve(solver, loss))
                 except PlanError as error:
                     print(f"{name} at {bits}: {error}", flush=True)
-            if pairs:
-                self.keep("module", bits, self.of_units(self.module_task(bits).solve("exact")))
+            for name, near in (("module", False), ("near", True)):
+                self.keep(name, bits, self.of_units(self.module_task(bits, near).solve("exact")))
         started = now()
         problem = self.task(self.options.budgets[0]).problem("kl")
         points = planning.solve.front(problem, 8)
         self.step("front", started, points=len(points))
 
-    def module_task(self, bits: float, probe: Callable[[], Probe] | None = None) -> Task:
-        """One width for the attention and one for the MLP of a block. Their losses follow from those of their units and the pairs within, as equal
-        widths have them; `matquant plan` measures them as they are."""
-        known, widths, units = self.session.measured(), self.session.widths, by_module(self.session.structure.units)
-        losses, of, loss = known.losses(widths), self.modules(), np.zeros((len(units), len(widths)))
-        np.add.at(loss, of, losses)
-        for (i, j), terms in known.pair_terms(widths).items():
-            if of[i] == of[j]:
-                loss[of[i]] += terms.diagonal()
-        model = model_of(self.checkpoint, replace(self.session.structure, units=units))
-        return Task(model, units, budget.mean_bits(model, bits), {"kl": loss.clip(min=0.0)}, {}, probe)
+    def module_task(self, bits: float, near: bool, probe: Callable[[], Probe] | None = None) -> Task:
+        """One width for the attention and one for the MLP of a block. near: losses of steps near the budget; else around the widest reads."""
+        limit = budget.mean_bits(self.modules.model, bits)
+        losses = {"kl": self.modules.losses("kl", limit if near else None)}
+        return Task(self.modules.model, self.modules.structure.units, limit, losses, {}, probe)
 
     def of_units(self, found: Found) -> Found:
         """A choice for attentions and MLPs as one for units."""
-        return replace(found, choice=tuple(found.choice[m] for m in self.modules()))
-
-    def modules(self) -> list[int]:
-        """The attention or MLP that each unit is of."""
-        fused = self.session.structure.units
-        return [next(m for m, unit in enumerate(by_module(fused)) if own.layers[0] in unit.layers) for own in fused]
+        fused, merged = self.session.structure.units, self.modules.structure.units
+        of = [next(m for m, unit in enumerate(merged) if own.layers[0] in unit.layers) for own in fused]
+        return replace(found, choice=tuple(found.choice[m] for m in of))
 
     def keep(self, name: str, bits: float, found: planning.Found, **more: Any) -> None:
         plan = found.plan
@@ -193,10 +195,31 @@ class Bench:
                 self.search("evolve", bits, self.task(bits, lambda: probe), self.options.search_seconds)
 
     def long(self) -> None:
-        probe = self.search_probe(by_module(self.session.structure.units))
+        probe = self.search_probe(self.modules.structure.units)
         for bits in self.options.long:
             if f"evolve-long/{bits:g}" not in self.results["plans"]:
-                self.search("evolve-long", bits, self.module_task(bits, lambda: probe), self.options.long_seconds)
+                self.search("evolve-long", bits, self.module_task(bits, True, lambda: probe), self.options.long_seconds)
+
+    def closer(self) -> None:
+        source = models.open_source(self.options.original)
+        original = models.load_dense(self.options.original, source.folder, None, dtype=torch.float32)
+        for spec in self.options.text:
+            sequences = evaluation(spec, source.tokenizer(), original, self.options.closer_samples, self.options.score_len)
+            probe = Probe(self.checkpoint, self.session.structure.units, sequences, original)
+            for bits in self.options.closer:
+                width = self.session.widths[budget.mean_bits(self.session.model, bits).uniform[-1]]
+                named = {f"{width} bits": BitPlan(width)}
+                for name in CLOSER:
+                    entry = self.results["plans"].get(f"{name}/{bits:g}")
+                    if entry:
+                        named[name] = as_plan(self.session.structure.units, map(int, entry["choice"]))
+                kl = {name: probe.kl_of_plan_by_sequence(plan).double() for name, plan in named.items()}
+                for name, found in kl.items():
+                    more = found - kl[f"{width} bits"]
+                    row = {"kl": float(found.mean()), "more": float(more.mean()), "error": float(more.std() / len(more) ** 0.5)}
+                    row |= {"budget": bits, "plan": name, "text": Path(spec).name, "tokens": sequences.numel()}
+                    self.add("closer", f"{name}/{bits:g}/{row['text']}", row)
+                    print(row, flush=True)
 
     def score(self) -> None:
         source = models.open_source(self.options.original)
@@ -242,6 +265,8 @@ def main() -> None:
     parser.add_argument("--search-seconds", type=float, default=120)
     parser.add_argument("--long", type=float, nargs="*", default=[3.5], help="budgets of the long search")
     parser.add_argument("--long-seconds", type=float, default=1800)
+    parser.add_argument("--closer", type=float, nargs="*", default=[3.5, 4], help="budgets whose plans are scored on more text")
+    parser.add_argument("--closer-samples", type=int, default=32)
     parser.add_argument("--score-samples", type=int, default=8)
     parser.add_argument("--score-len", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)

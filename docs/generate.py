@@ -139,8 +139,9 @@ def peers(model: str) -> str:
 
 
 PLAN_SOLVERS = {
-    "module": "exact, a width for attention and MLP of a block",
-    "exact": "exact, a width for what engines fuse",
+    "near": "exact, a width for attention and MLP of a block, by steps near the budget",
+    "module": "the same by units around the widest reads alone",
+    "exact": "exact, a width for what engines fuse, around the widest reads",
     "quadratic": "exact with pairs",
     "evolve": "evolution, two minutes, from that of fused units or a uniform width",
     "evolve-long": "evolution, half an hour, from that for attention and MLP or a uniform width",
@@ -168,6 +169,14 @@ def plans(model: str) -> str:
     for text in setting["texts"]:
         if rows := _plan_rows(found, budgets, lambda entry, text=text: kl_words(entry["kl"][text]) if text in entry.get("kl", {}) else ""):
             parts.append(f"KL by bits a quantized weight, metadata counted, {text}:\n\n{markdown(['', *(f'{b:g}' for b in budgets)], rows)}")
+    if closer := stored.get("closer"):
+        told = lambda row: [kl_words(row["kl"]), f"{row['more']:+.4f} ± {row['error']:.4f}"]  # noqa: E731
+        rows = [[f"{row['budget']:g}", PLAN_SOLVERS.get(row["plan"], f"uniform {row['plan']}"), row["text"], *told(row)] for row in closer.values()]
+        tokens = next(iter(closer.values()))["tokens"]
+        parts.append(
+            f"On {tokens} tokens of each text, and how much more than the widest uniform width within the budget, sequence by sequence "
+            f"(± one standard error):\n\n{markdown(['budget', 'plan', 'text', 'KL', 'more'], rows)}"
+        )
     shown = sorted(uniform.items(), key=lambda item: item[1]["bits"])
     rows = [
         [f"{r} bits", f"{row['bits']:.3f}", *(kl_words(row["kl"][text]) if text in row["kl"] else "" for text in setting["texts"])]

@@ -160,7 +160,10 @@ def test_json_round_trip_and_the_same_bytes(found: Sensitivity) -> None:
         {"text": 5},
         {"pair_bits": "2"},
         {"units": [{"layers": ["a"], "block": 0, "kl": {}, "around": {"4": {"2": "x"}}}]},
-        {"units": [{"layers": ["a"], "block": 0, "kl": {}, "around": {"4": {}}}, {"layers": ["b"], "block": 0, "kl": {}, "around": {}}], "pairs": None},
+        {
+            "units": [{"layers": ["a"], "block": 0, "kl": {}, "around": {"4": {}}}, {"layers": ["b"], "block": 0, "kl": {}, "around": {}}],
+            "pairs": None,
+        },
     ],
 )
 def test_damaged_files_are_refused(change: dict[str, Any], found: Sensitivity) -> None:

@@ -76,14 +76,30 @@ def test_gradients_reach_what_is_trained_and_nothing_else() -> None:
     w, weight = start(8, False, "floor")
     x = torch.randn(3, 32)
     trained, alone, tuned = TrainedLinear(w, weight, (2,), True), TrainedLinear(w, weight, (2,), False), TunedLinear(weight, (2,))
-    assert {n for n, p in trained.named_parameters() if p.requires_grad} == {"weight", "ratio", "zero", "reads.m.2", "reads.v.2"}
+    assert {n for n, p in trained.named_parameters() if p.requires_grad} == {"weight", "ratio", "zero", "reads.reach.2", "reads.v.2"}
     assert {n for n, p in alone.named_parameters() if p.requires_grad} == {"weight"}
-    assert {n for n, p in tuned.named_parameters() if p.requires_grad} == {"reads.m.2", "reads.v.2"}
-    for bits, expected in ((2, {"weight", "ratio", "reads.m.2", "reads.v.2"}), (4, {"weight", "ratio", "zero"})):
+    assert {n for n, p in tuned.named_parameters() if p.requires_grad} == {"reads.reach.2", "reads.v.2"}
+    for bits, expected in ((2, {"weight", "ratio", "reads.reach.2", "reads.v.2"}), (4, {"weight", "ratio", "zero"})):
         trained.zero_grad()
         read_at({"": trained}, bits)
         trained(x).square().sum().backward()
         assert {n for n, p in trained.named_parameters() if p.grad is not None and p.grad.abs().max() > 0} - {"zero"} == expected - {"zero"}
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_a_step_of_the_optimizer_moves_codes_as_far_at_every_width(bits: int) -> None:
+    """Scale and zero alike: by `rate` steps of the width, in the mean over the codes."""
+    _, weight = start(8, False, "floor")
+    layer, rate = TunedLinear(weight, (bits,)), 0.25
+    layer.bits = bits
+    before = [part.detach() for part in layer.reads.rounded(bits)]
+    optimizer = torch.optim.Adam(layer.parameters(), lr=rate)
+    sum(part.sum() for part in layer.reads.rounded(bits)).backward()
+    optimizer.step()
+    m, u = ((was - now.detach()) for was, now in zip(before, layer.reads.rounded(bits), strict=True))
+    places = torch.arange(2**bits) - (2**bits - 1) / 2
+    assert m.amax() * places.abs().mean() == pytest.approx(rate, abs=0.05)  # as bytes, in steps of 1/128
+    assert u.amax() / 2 ** (8 - bits) == pytest.approx(rate, abs=0.1)
 
 
 def test_widths_by_name() -> None:

@@ -83,7 +83,7 @@ class Recipe:
     finetune_reads: int = _help(
         "tokens on which, codes chosen, the read of each narrow width is tuned end to end towards the original's predictions; 0 = not", default=0
     )
-    finetune_rate: float = _help("learning rate of that: of scales relative to 1, of zeros relative to a step of the width", default=0.003)
+    finetune_rate: float = _help("learning rate of that, in steps of the width: of zeros, and of scales as they move the mean code", default=0.003)
     train_text: str = _help("text of end-to-end training, as for --calibration; none = the calibration text", default="")
     train_tokens: int = _help("tokens to train on end to end (method qat)", default=1_000_000)
     batch_tokens: int = _help("tokens of a step of end-to-end training: whole sequences, at least one", default=4096)

@@ -3,8 +3,9 @@
     TrainedLinear   the weight is trained through both roundings (fake.py), and, where they may, scale, zero and reads
     TunedLinear     codes are frozen; the reads of narrow widths are trained
 
-A read of its own (a refit, codes.py) is trained as m, which stretches, and v, which moves in steps of the width, u = v 2^(8 - r); a
-scale as its ratio to where it started. So a step of the optimizer means the same everywhere. All are used as the bytes or halves that
+A read of its own (a refit, codes.py) is trained as two lengths in steps of its width: how far it puts the mean code from the middle,
+reach = m 2^r / 4, and how far it moves all, v = u / 2^(8 - r); a scale as its ratio to where it started. So a step of the optimizer means the
+same everywhere. All are used as the bytes or halves that
 will be stored; gradients pass these roundings.
 
 Parameters are float32. The weight is read in float32 and rounded once to what x has (under autocast, to what products are made in).
@@ -22,7 +23,7 @@ from matquant.weight import NestedWeight, Refit
 
 
 class Reads(nn.Module):
-    """m and v of some widths, by width."""
+    """reach and v of some widths, by width."""
 
     def __init__(self, start: NestedWeight, widths: Sequence[int]) -> None:
         super().__init__()
@@ -30,16 +31,17 @@ class Reads(nn.Module):
         own = {r: start.refits.get(r) for r in widths}
         ones, zero = torch.ones(start.scale.shape), zero_of(start) * 2.0 ** (8 - start.grid.bits)
         ones = ones.to(zero)
-        self.m = nn.ParameterDict({str(r): nn.Parameter(ones.clone() if fit is None else fit.scale.float() / UNIT) for r, fit in own.items()})
+        stretch = {r: ones if fit is None else fit.scale.float() / UNIT for r, fit in own.items()}
+        self.reach = nn.ParameterDict({str(r): nn.Parameter(m * 2.0 ** (r - 2)) for r, m in stretch.items()})
         self.v = nn.ParameterDict({str(r): nn.Parameter((zero if fit is None else fit.zero.float()) / 2.0 ** (8 - r)) for r, fit in own.items()})
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return tuple(int(r) for r in self.m)
+        return tuple(int(r) for r in self.reach)
 
     def rounded(self, bits: int) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         """(m, u) of what is stored, u in parent steps."""
-        m = rounded(self.m[str(bits)] * UNIT, 1, 255) / UNIT
+        m = rounded(self.reach[str(bits)] * (UNIT / 2.0 ** (bits - 2)), 1, 255) / UNIT
         return m, rounded(self.v[str(bits)] * 2.0 ** (8 - bits), 0, 255) * 2.0 ** (self.grid.bits - 8)
 
     def refits(self) -> dict[int, Refit]:

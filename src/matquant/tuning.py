@@ -73,7 +73,7 @@ class Tuning:
         if self.means.recompute:
             recompute_blocks(models.find_blocks(model)[1])
         reads = [layer.reads for layer in layers.values()]
-        own = [part[str(bits)] for read in reads for part in (read.m, read.v)]
+        own = [part[str(bits)] for read in reads for part in (read.reach, read.v)]
         for part in own:
             part.requires_grad_(True)
         start = [{name: part.detach().clone() for name, part in read.state_dict().items()} for read in reads]

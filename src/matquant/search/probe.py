@@ -175,8 +175,11 @@ class Probe:
 
     def kl_of_plan(self, plan: BitPlan) -> float:
         """Of a plan for all layers; it may split units."""
+        return float(self.kl_of_plan_by_sequence(plan).double().mean())
+
+    def kl_of_plan_by_sequence(self, plan: BitPlan) -> Float[Tensor, " samples"]:
         self._set({name: plan.bits(name) for name in self.layers})
-        return float(torch.cat([self._kl_of(batch, 0) for batch in self._batches]).double().mean())
+        return torch.cat([self._kl_of(batch, 0) for batch in self._batches])
 
     def _set(self, wanted: Mapping[str, int]) -> None:
         for name, bits in wanted.items():
