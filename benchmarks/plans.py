@@ -2,14 +2,13 @@
 
     python benchmarks/plans.py CHECKPOINT --original MODEL --name WORDS --work DIR --out results.json --train FILE --text FILE [--text FILE ...]
         [--budgets 2.5 3 3.5 4 5 6] [--num-samples 4] [--seq-len 128] [--search-samples 16] [--search-seconds 120] [--score-samples 8]
-        [--score-len 256] [--seed 0] [--only measure steps pairs solve evolve long score closer] [--long 3.5] [--long-seconds 1800]
+        [--score-len 256] [--seed 0] [--only measure modules pairs solve evolve long score closer] [--long 3.5] [--long-seconds 1800]
         [--closer 3.5 4] [--closer-samples 32]
 
 measure   sensitivities of all units at all widths, on --num-samples sequences of --train, compared with the checkpoint's own widest read
-steps     the same with one width for the attention and one for the MLP of a block, and what steps from every uniform width cost
+modules   the same with one width for the attention and one for the MLP of a block, as `matquant plan` has it by default
 pairs     of units within a block and of neighbouring blocks
-solve     exact, quadratic, exact by modules (around the widest reads, and near the budget), fisher, output-error, round-off, the paper's four schedules
-          (their counts of blocks chosen with hindsight)
+solve     exact, exact by modules, quadratic, fisher, output-error, round-off, the paper's four schedules (their counts of blocks chosen with hindsight)
 evolve    from the exact solution or a uniform width, on --search-samples sequences of --train, --search-seconds a budget
 long      the same with one width for the attention and one for the MLP of a block, --long-seconds at one budget
 score     KL to the original of every plan and every uniform width, on --score-samples sequences of each --text
@@ -43,8 +42,8 @@ from matquant.search.probe import Probe
 from matquant.search.session import Session
 from matquant.search.units import Unit, as_plan
 
-STAGES = ("measure", "steps", "pairs", "solve", "evolve", "long", "score", "closer")
-CLOSER = ("near", "module", "evolve-long")
+STAGES = ("measure", "modules", "pairs", "solve", "evolve", "long", "score", "closer")
+CLOSER = ("module", "exact", "evolve-long")
 SOLVERS: dict[str, tuple[str, str]] = {  # name -> (solver, loss)
     "exact": ("exact", "kl"),
     "quadratic": ("quadratic", "kl"),
@@ -68,7 +67,7 @@ class Bench:
         options.work.mkdir(parents=True, exist_ok=True)
         found = source(options.checkpoint, options.train, options.num_samples, options.seq_len, options.seed, None, None, "cpu", "float32")
         self.session = Session(self.checkpoint, found, options.work / "sensitivity.json", "fused", progress=self.tell)
-        self.modules = Session(self.checkpoint, found, options.work / "modules.json", "module", progress=self.tell)
+        self.by_module = Session(self.checkpoint, found, options.work / "modules.json", "module", progress=self.tell)
         self.told = 0.0
 
     @property
@@ -99,17 +98,16 @@ class Bench:
     # --- stages -----------------------------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        started, known = now(), self.session.known
-        before = 0 if known is None else sum(map(len, known.kl))
-        found = self.session.measured()
-        self.step("measure", started, resumed_from=before, measured=sum(map(len, found.kl)))
+        self.measured("measure", self.session)
 
-    def steps(self) -> None:
-        started, known = now(), self.modules.known
-        count = lambda tables: sum(sum(map(len, rows)) for rows in tables)  # noqa: E731
-        before = 0 if known is None else count([known.kl, *known.around.values()])
-        found = self.modules.steps()
-        self.step("steps", started, resumed_from=before, measured=count([found.kl, *found.around.values()]), units=len(found.units))
+    def modules(self) -> None:
+        self.measured("modules", self.by_module)
+
+    def measured(self, name: str, session: Session) -> None:
+        started, known = now(), session.known
+        before = 0 if known is None else sum(map(len, known.kl))
+        found = session.measured()
+        self.step(name, started, resumed_from=before, measured=sum(map(len, found.kl)), units=len(found.units))
 
     def pairs(self) -> None:
         started, before = now(), len(self.session.measured().pairs or ())
@@ -138,22 +136,20 @@ class Bench:
                     self.keep(name, bits, task.solve(solver, loss))
                 except PlanError as error:
                     print(f"{name} at {bits}: {error}", flush=True)
-            for name, near in (("module", False), ("near", True)):
-                self.keep(name, bits, self.of_units(self.module_task(bits, near).solve("exact")))
+            self.keep("module", bits, self.of_units(self.module_task(bits).solve("exact")))
         started = now()
         problem = self.task(self.options.budgets[0]).problem("kl")
         points = planning.solve.front(problem, 8)
         self.step("front", started, points=len(points))
 
-    def module_task(self, bits: float, near: bool, probe: Callable[[], Probe] | None = None) -> Task:
-        """One width for the attention and one for the MLP of a block. near: losses of steps near the budget; else around the widest reads."""
-        limit = budget.mean_bits(self.modules.model, bits)
-        losses = {"kl": self.modules.losses("kl", limit if near else None)}
-        return Task(self.modules.model, self.modules.structure.units, limit, losses, {}, probe)
+    def module_task(self, bits: float, probe: Callable[[], Probe] | None = None) -> Task:
+        """One width for the attention and one for the MLP of a block."""
+        own = self.by_module
+        return Task(own.model, own.structure.units, budget.mean_bits(own.model, bits), {"kl": own.losses("kl")}, {}, probe)
 
     def of_units(self, found: Found) -> Found:
         """A choice for attentions and MLPs as one for units."""
-        fused, merged = self.session.structure.units, self.modules.structure.units
+        fused, merged = self.session.structure.units, self.by_module.structure.units
         of = [next(m for m, unit in enumerate(merged) if own.layers[0] in unit.layers) for own in fused]
         return replace(found, choice=tuple(found.choice[m] for m in of))
 
@@ -195,10 +191,10 @@ class Bench:
                 self.search("evolve", bits, self.task(bits, lambda: probe), self.options.search_seconds)
 
     def long(self) -> None:
-        probe = self.search_probe(self.modules.structure.units)
+        probe = self.search_probe(self.by_module.structure.units)
         for bits in self.options.long:
             if f"evolve-long/{bits:g}" not in self.results["plans"]:
-                self.search("evolve-long", bits, self.module_task(bits, True, lambda: probe), self.options.long_seconds)
+                self.search("evolve-long", bits, self.module_task(bits, lambda: probe), self.options.long_seconds)
 
     def closer(self) -> None:
         source = models.open_source(self.options.original)

@@ -139,9 +139,8 @@ def peers(model: str) -> str:
 
 
 PLAN_SOLVERS = {
-    "near": "exact, a width for attention and MLP of a block, by steps near the budget",
-    "module": "the same by units around the widest reads alone",
-    "exact": "exact, a width for what engines fuse, around the widest reads",
+    "module": "exact, a width for attention and MLP of a block",
+    "exact": "exact, a width for what engines fuse",
     "quadratic": "exact with pairs",
     "evolve": "evolution, two minutes, from that of fused units or a uniform width",
     "evolve-long": "evolution, half an hour, from that for attention and MLP or a uniform width",

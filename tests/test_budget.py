@@ -47,25 +47,6 @@ def test_mean_bits_count_the_metadata() -> None:
     shown_is_met(found, lambda text: budget.mean_bits(MODEL, float(text)))
 
 
-@pytest.mark.parametrize(
-    ("limit", "near"),
-    [
-        (0, {2: 1.0}),  # below all: the nearest
-        (100, {2: 1.0}),
-        (109, {2: 1.0}),  # hardly on the way
-        (150, {2: 0.5, 1: 0.5}),
-        (180, {2: pytest.approx(0.2), 1: pytest.approx(0.8)}),
-        (195, {1: 1.0}),
-        (200, {1: 1.0}),
-        (300, {1: 0.5, 0: 0.5}),
-        (400, {0: 1.0}),
-        (999, {0: 1.0}),
-    ],
-)
-def test_a_budget_lies_between_uniform_widths(limit: int, near: dict[int, float]) -> None:
-    assert budget.Budget(np.array([[300, 150, 60], [100, 50, 40]]), limit, str).near == near
-
-
 def test_mean_bits_of_the_whole_model() -> None:
     bits = (20480 * 4.25 + 16000) / 21480
     found = budget.mean_bits(MODEL, bits, whole=True)

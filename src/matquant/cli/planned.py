@@ -94,7 +94,7 @@ def find(session: Session, budget: Budget, way: Way, progress: Callable[[str, in
             raise PlanError(f"{words} is {value!r}; {choices(value, allowed)}")
     solve.Problem(budget.costs, budget.costs * 0.0, {}, budget.show).check(budget.limit)  # before anything is measured
     loss = "round-off" if way.solver == "round-off" else way.loss
-    losses = {loss: session.losses(loss, budget if way.solver in planning.NEAR else None)}
+    losses = {loss: session.losses(loss)}
     pairs = session.measured(pairs=True).pair_terms(session.widths) if way.solver == "quadratic" else {}
     task = planning.Task(session.model, session.structure.units, budget, losses, pairs, session.probe)
     found = task.solve(way.solver, loss, way.search, progress)

@@ -24,7 +24,6 @@ from matquant.plan import SCALE_BITS, ZERO_BITS, Layout, Shape
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 KV_BYTES = 4  # of a number in the cache of kernels/step.py
-NEGLIGIBLE = 0.1  # of the way between two uniform widths: as good as at the nearer
 HEAD_BITS = 8 + (SCALE_BITS["float16"] + ZERO_BITS) / 64  # as engine.Engine.open rounds a head that is not quantized
 
 
@@ -70,19 +69,6 @@ class Budget:
         """Columns of the widths that all units may have at once, the dearest last."""
         costs = self.costs.sum(0)
         return [k for k in sorted(range(len(costs)), key=costs.__getitem__) if costs[k] <= self.limit]
-
-    @property
-    def near(self) -> dict[int, float]:
-        """Columns of the uniform widths on both sides of the limit, and the share of each by where the limit lies between them."""
-        costs, within = self.costs.sum(0), self.uniform
-        above = [k for k in sorted(range(len(costs)), key=costs.__getitem__) if k not in within]
-        if not within or not above:
-            return {(within or above[::-1])[-1]: 1.0}
-        low, high = within[-1], above[0]
-        share = float(self.limit - costs[low]) / float(costs[high] - costs[low])
-        if min(share, 1 - share) < NEGLIGIBLE:
-            return {low if share < NEGLIGIBLE else high: 1.0}
-        return {low: 1 - share, high: share}
 
 
 def mean_bits(model: Model, bits: float, whole: bool = False) -> Budget:

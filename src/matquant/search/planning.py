@@ -19,7 +19,6 @@ from matquant.search.solve import Choice, Problem
 from matquant.search.units import Unit, as_plan
 
 SOLVERS = ("exact", "quadratic", "evolve", "round-off", *SCHEDULES)
-NEAR = ("exact", "evolve")  # solvers that take KL as units change it near the budget, all others around the widest reads
 LOSSES = ("kl", "fisher", "output-error", "round-off")
 PAPER_WIDTHS = (8, 4, 2)  # of Mix'n'Match
 CHILDREN, GENERATIONS = 16, 20  # of a search; EvoPress takes 64 to 128 and 100 on GPUs

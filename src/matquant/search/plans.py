@@ -61,24 +61,10 @@ def within(checkpoint: Checkpoint, measured: Sensitivity, bits: float, widths: t
     """The best plan of at most `bits` bits a quantized weight, out of these widths. Raises PlanError, InputError."""
     found = model_of(checkpoint, Structure(measured.units, (), 0), widths)
     budget = mean_bits(found, bits)
-    losses = measured.losses_near(shares(budget, widths), widths) if measured.steps_complete else measured.losses(widths)
-    choice = solve.exact(problem_of(found, budget, losses), budget.limit)
-    about = {"solver": "exact", "budget": f"{bits:g} bits a weight", "predicted_kl": predicted(found, measured, choice)}
+    problem = problem_of(found, budget, measured.losses(found.layout.widths))
+    choice = solve.exact(problem, budget.limit)
+    about = {"solver": "exact", "budget": f"{bits:g} bits a weight", "predicted_kl": measured.predict(problem.loss(choice))}
     return plan_of(found, measured.units, choice, about)
-
-
-def shares(budget: Budget, widths: Sequence[int]) -> dict[int, float]:
-    """Budget.near by widths."""
-    return {widths[k]: share for k, share in budget.near.items()}
-
-
-def predicted(model: Model, measured: Sensitivity, choice: solve.Choice) -> float:
-    """The KL of a choice: by steps from the uniform widths nearest to it if these are known, else by units alone. Raises InputError."""
-    costs, widths, at = model.bits(), model.layout.widths, (np.arange(len(choice)), list(choice))
-    if measured.steps_complete:
-        near = shares(Budget(costs, int(costs[at].sum()), str), widths)
-        return measured.predict_near(near, [widths[k] for k in choice])
-    return measured.predict(float(measured.losses(widths)[at].sum()))
 
 
 # --- between a checkpoint and numbers -------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What every unit adds to the KL of the whole model when it alone is read narrower, measured once and kept as JSON.
 
     L(i, r)       KL with unit i at r bits and all else at the widest; L(0) with all at the widest (0 where that is the reference itself)
-    L_b(i, r)     KL with unit i at r bits and all else at b bits, r the next width above or below b
     I(i, j)       L(i, j) - L(i) - L(j) + L(0) at one width, for units of one block and of neighbouring blocks (CLADO, https://arxiv.org/abs/2307.05657)
 
 To second order KL is a square, |d_1 + d_2 + ...|^2 / 2 in the metric of the predictions: I is twice the inner product of two units' effects, and other
@@ -10,10 +9,6 @@ fitted to each other at one width, and make up for each other at no other: where
 
 Sums of L miss what grows with the square of everything together. Uniform widths are measured too, and a prediction is read off the line through them:
 from the sum of L at every uniform width to its true KL, straight in logarithms. That changes no order among plans.
-
-They also miss that reads of one width make up for each other, and what an error costs among others. L_b - L_b(b) sees both: what a step from b to the
-next width costs or gains where all else is at b. Near uniform b bits a plan's KL is that of b bits and the sum of its units' steps, each step that is
-farther from b as it is at its own end nearer to b; between two uniform widths the mean of both counts, by how near each is (budget.Budget.near).
 """
 
 import hashlib
@@ -21,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -59,8 +54,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """kl: of every unit, width -> L. uniform: width -> KL. around: b -> of every unit, the next widths -> L_b. In nats a token, and
-    incomplete while it is being measured.
+    """kl: of every unit, width -> L. uniform: width -> KL. Both in nats a token, and incomplete while it is being measured.
 
     pair_bits: the width of `pairs`; None if there are none. single: L at that width on the pairs' text. pairs: (i, j) -> I, for i < j.
     """
@@ -72,7 +66,6 @@ class Sensitivity:
     uniform: Mapping[int, float]
     pair_bits: int | None = None
     pairs: Mapping[tuple[int, int], float] | None = None
-    around: Mapping[int, tuple[Mapping[int, float], ...]] = field(default_factory=dict[int, Any])
 
     def losses(self, widths: Sequence[int]) -> Float[np.ndarray, "units widths"]:
         """L(i, r) - L(0), not below 0; 0 at the widest. Raises InputError where something was not measured."""
@@ -84,47 +77,6 @@ class Sensitivity:
             )
         rows = [[0.0 if r == widest else max(own[r] - self.base, 0.0) for r in widths] for own in self.kl]
         return np.array(rows)
-
-    def losses_near(self, shares: Mapping[int, float], widths: Sequence[int]) -> Float[np.ndarray, "units widths"]:
-        """Of units near these uniform widths, above the least of each unit. Raises InputError where something was not measured."""
-        found = np.sum([share * self._steps(b, widths) for b, share in shares.items()], 0)
-        return found - found.min(1, keepdims=True)
-
-    def predict_near(self, shares: Mapping[int, float], choice: Sequence[int]) -> float:
-        """The KL of a plan, given the width of every unit. Raises InputError where something was not measured."""
-        widths = sorted(set(choice))
-        at = np.arange(len(choice)), [widths.index(r) for r in choice]
-        return float(sum(share * (self.uniform[b] + self._steps(b, widths)[at].sum()) for b, share in shares.items()))
-
-    @property
-    def next_widths(self) -> dict[int, tuple[int, ...]]:
-        """Of every width the next below and above."""
-        order = sorted(self.uniform)
-        return {r: tuple(order[k] for k in (i - 1, i + 1) if 0 <= k < len(order)) for i, r in enumerate(order)}
-
-    @property
-    def steps_complete(self) -> bool:
-        tables = self._tables
-        return all(
-            len(tables.get(b, ())) == len(self.units) and all({*beside} <= set(row) for row in tables[b]) for b, beside in self.next_widths.items()
-        )
-
-    @property
-    def _tables(self) -> Mapping[int, tuple[Mapping[int, float], ...]]:
-        return {**self.around, max(self.uniform, default=0): self.kl}
-
-    def _steps(self, bits: int, widths: Sequence[int]) -> Float[np.ndarray, "units widths"]:
-        """What units add to uniform `bits` bits. No width is taken to be worse than a narrower one."""
-        if not self.steps_complete or not {bits, *widths} <= set(self.uniform):
-            raise InputError(f"sensitivities near {bits} bits are missing; run matquant plan")
-        step = lambda a, b: np.array([row[b] - self.uniform[a] for row in self._tables[a]])  # noqa: E731
-        order, found = sorted(self.uniform), {bits: np.zeros(len(self.units))}
-        here = order.index(bits)
-        for a, b in zip(order[here:], order[here + 1 :], strict=False):
-            found[b] = found[a] + step(a, b).clip(max=0.0)
-        for a, b in zip(order[here::-1], order[:here][::-1], strict=False):
-            found[b] = found[a] + step(a, b).clip(min=0.0)
-        return np.stack([found[r] for r in widths], 1)
 
     def pair_terms(self, widths: Sequence[int]) -> dict[tuple[int, int], Float[np.ndarray, "widths widths"]]:
         """I of every pair at all widths. Raises InputError where no pairs were measured."""
@@ -160,10 +112,7 @@ class Sensitivity:
 
     def to_json(self) -> str:
         keyed = lambda table: {str(r): table[r] for r in sorted(table, reverse=True)}  # noqa: E731
-        around = lambda i: {str(b): keyed(rows[i]) for b, rows in sorted(self.around.items())}  # noqa: E731
-        units = [
-            {"layers": list(unit.layers), "block": unit.block, "kl": keyed(self.kl[i]), "around": around(i)} for i, unit in enumerate(self.units)
-        ]
+        units = [{"layers": list(unit.layers), "block": unit.block, "kl": keyed(own)} for unit, own in zip(self.units, self.kl, strict=True)]
         pairs = None if self.pairs is None else [[i, j, term] for (i, j), term in sorted(self.pairs.items())]
         data = {
             "version": VERSION, **asdict(self.setting), "base": self.base, "uniform": keyed(self.uniform), "units": units,
@@ -189,9 +138,7 @@ class Sensitivity:
                 raise ValueError("a pair of units that are not there")
             bits = None if data["pair_bits"] is None else _of(int, data["pair_bits"])
             kl = tuple(_table(row["kl"]) for row in data["units"])
-            tables = [{int(b): _table(table) for b, table in row.get("around", {}).items()} for row in data["units"]]
-            around = {b: tuple(row[b] for row in tables) for b in (tables[0] if tables else ())}
-            return Sensitivity(setting, units, _number(data["base"]), kl, _table(data["uniform"]), bits, pairs, around)
+            return Sensitivity(setting, units, _number(data["base"]), kl, _table(data["uniform"]), bits, pairs)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{source} holds no sensitivities that this matquant understands ({error!r}); delete it and measure again") from None
 
@@ -266,29 +213,6 @@ def measure(probe: Probe, known: Sensitivity, widths: Sequence[int], save: Save,
         if own != known.kl[i]:
             known = replace(known, kl=(*known.kl[:i], own, *known.kl[i + 1 :]))
             save(known)
-    return known
-
-
-def measure_steps(probe: Probe, known: Sensitivity, save: Save, progress: Progress = lambda *_: None) -> Sensitivity:
-    """All of L_b. What the widest width's are is known from `measure`; what `known` holds is not measured again. save: called after every unit."""
-    everywhere, beside = range(len(known.units)), known.next_widths
-    wanted = [(b, i) for b in sorted(beside, reverse=True) if b != probe.widest for i in everywhere]
-    rows = {b: [dict(row) for row in known.around.get(b, [{} for _ in everywhere])] for b, _ in wanted}
-    base: int | None = None
-    try:
-        for done, (b, i) in enumerate(wanted, 1):
-            missing = [r for r in beside[b] if r not in rows[b][i]]
-            if missing and base != b:
-                probe.rebase(dict.fromkeys(everywhere, b))
-                base = b
-            rows[b][i].update((r, _mean(probe.kl({i: r}))) for r in missing)
-            if missing:
-                known = replace(known, around={**known.around, b: tuple(map(dict, rows[b]))})
-                save(known)
-            progress("steps between widths", done, len(wanted))
-    finally:
-        if base is not None:
-            probe.rebase(dict.fromkeys(everywhere, probe.widest))
     return known
 
 

@@ -14,8 +14,7 @@ from matquant.checkpoint.files import replace_whole
 from matquant.errors import InputError, PlanError, choices
 from matquant.plan import BitPlan
 from matquant.search import proxies, sensitivity
-from matquant.search.budget import Budget
-from matquant.search.plans import model_of, predicted, shares
+from matquant.search.plans import model_of
 from matquant.search.probe import Probe
 from matquant.search.sensitivity import Sensitivity, Setting
 from matquant.search.units import Structure, by_module, examine, separate
@@ -97,18 +96,11 @@ class Session:
             self.known = sensitivity.measure_pairs(self.probe(), self.known, bits, PAIR_SAMPLES, self._save, self.progress)
         return self.known
 
-    def steps(self) -> Sensitivity:
-        """All sensitivities and what steps from every uniform width cost; what is not known is measured, and kept as it comes."""
-        known = self.measured()
-        if not known.steps_complete:
-            known = self.known = sensitivity.measure_steps(self.probe(), known, self._save, self.progress)
-        return known
-
-    def losses(self, loss: str, budget: Budget | None = None) -> Float[np.ndarray, "units widths"]:
-        """By the names of planning.LOSSES. budget: what a plan will take, if it is known; KL is then that of units near it."""
+    def losses(self, loss: str) -> Float[np.ndarray, "units widths"]:
+        """By the names of planning.LOSSES."""
         units, widths = self.structure.units, self.widths
         if loss == "kl":
-            return self.measured().losses(widths) if budget is None else self.steps().losses_near(shares(budget, widths), widths)
+            return self.measured().losses(widths)
         if loss == "fisher":
             return proxies.fisher(self.probe(), widths)
         return {"round-off": proxies.round_off, "output-error": proxies.output_error}[loss](self.checkpoint, units, widths)
@@ -117,10 +109,13 @@ class Session:
         """None for a plan that splits units, or before anything was measured."""
         if self.known is None or not all(self.known.kl):
             return None
-        used = [{plan.bits(name) for name in unit.layers} for unit in self.structure.units]
-        if any(len(own) > 1 for own in used):
-            return None
-        return predicted(self.model, self.known, tuple(self.widths.index(own.pop()) for own in used))
+        losses, total = self.known.losses(self.widths), 0.0
+        for unit, row in zip(self.structure.units, losses, strict=True):
+            used = {plan.bits(name) for name in unit.layers}
+            if len(used) > 1:
+                return None
+            total += float(row[self.widths.index(used.pop())])
+        return self.known.predict(total)
 
     def _save(self, found: Sensitivity) -> None:
         self.known = found
