@@ -86,7 +86,9 @@ def main() -> None:
     sharded = {type(p).__name__ for p in run.model.parameters()} == {"DTensor"}
     assert sharded is (kind == "fsdp")
     torch.save(codes(run), folder / f"codes-{accelerator.process_index}.pt")
-    World(accelerator.process_index, accelerator.num_processes).leave()
+    world = World(accelerator.process_index, accelerator.num_processes)
+    world.wait()  # a process whose peer has gone already may abort in its threads
+    world.leave()
 
 
 if __name__ == "__main__":

@@ -99,7 +99,6 @@ class World:
         interpreter shuts down aborts the process: https://github.com/pytorch/pytorch/pull/179291
         """
         if self.size > 1:
-            distributed.barrier()
             distributed.destroy_process_group()
             sys.stdout.flush()
             sys.stderr.flush()
