@@ -12,7 +12,7 @@ solve     exact, exact by modules, quadratic, fisher, output-error, round-off, t
 evolve    from the exact solution or a uniform width, on --search-samples sequences of --train, --search-seconds a budget
 long      the same with one width for the attention and one for the MLP of a block, --long-seconds at one budget
 score     KL to the original of every plan and every uniform width, on --score-samples sequences of each --text
-closer    on more sequences, and against the uniform width within the budget sequence by sequence, plans of modules and of the long evolution
+closer    the same of both exact plans and the long evolution's on --closer-samples sequences, against the widest uniform width within the budget
 
 Sensitivities and results are kept and not made again. Seconds are of a machine as busy as it was; `load` says how busy, and `cpu_seconds` are the
 processor's own.
@@ -22,7 +22,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from matquant.cli.planned import source
 from matquant.errors import PlanError
 from matquant.plan import BitPlan
 from matquant.search import budget, planning
-from matquant.search.planning import SCHEDULES, Found, Search, Task
+from matquant.search.planning import SCHEDULES, Search, Task
 from matquant.search.probe import Probe
 from matquant.search.session import Session
 from matquant.search.units import Unit, as_plan
@@ -136,7 +136,7 @@ class Bench:
                     self.keep(name, bits, task.solve(solver, loss))
                 except PlanError as error:
                     print(f"{name} at {bits}: {error}", flush=True)
-            self.keep("module", bits, self.of_units(self.module_task(bits).solve("exact")))
+            self.keep("module", bits, self.module_task(bits).solve("exact"))
         started = now()
         problem = self.task(self.options.budgets[0]).problem("kl")
         points = planning.solve.front(problem, 8)
@@ -147,16 +147,14 @@ class Bench:
         own = self.by_module
         return Task(own.model, own.structure.units, budget.mean_bits(own.model, bits), {"kl": own.losses("kl")}, {}, probe)
 
-    def of_units(self, found: Found) -> Found:
-        """A choice for attentions and MLPs as one for units."""
-        fused, merged = self.session.structure.units, self.by_module.structure.units
-        of = [next(m for m, unit in enumerate(merged) if own.layers[0] in unit.layers) for own in fused]
-        return replace(found, choice=tuple(found.choice[m] for m in of))
-
     def keep(self, name: str, bits: float, found: planning.Found, **more: Any) -> None:
         plan = found.plan
         entry = {"solver": name, "budget": bits, "bits": round(plan.mean_bits(self.checkpoint.modules, self.checkpoint.layout), 4)}
-        entry |= {"choice": "".join(str(self.session.widths[k]) for k in found.choice), "seconds": round(found.seconds, 3), "gap": found.gap}
+        entry |= {
+            "choice": "".join(str(plan.bits(unit.layers[0])) for unit in self.session.structure.units),
+            "seconds": round(found.seconds, 3),
+            "gap": found.gap,
+        }
         entry |= {"predicted_kl": self.session.predicted(plan), **more}
         before = self.results["plans"].get(f"{name}/{bits:g}", {})
         if before.get("choice") == entry["choice"] and "kl" in before:
@@ -181,8 +179,7 @@ class Bench:
             self.tell(stage, done, of)
 
         found = task.solve("evolve", "kl", Search(generations=10**6, seconds=seconds, seed=self.options.seed), tell)
-        choice = found if task.units is self.session.structure.units else self.of_units(found)
-        self.keep(name, bits, choice, generations=counted[0], samples=self.options.search_samples, load=os.getloadavg())
+        self.keep(name, bits, found, generations=counted[0], samples=self.options.search_samples, load=os.getloadavg())
 
     def evolve(self) -> None:
         probe = self.search_probe(self.session.structure.units)
@@ -196,35 +193,38 @@ class Bench:
             if f"evolve-long/{bits:g}" not in self.results["plans"]:
                 self.search("evolve-long", bits, self.module_task(bits, lambda: probe), self.options.long_seconds)
 
-    def closer(self) -> None:
+    def probes(self, samples: int) -> Iterator[tuple[str, Probe]]:
+        """Every text's name, and a probe of its first sequences against the original; one at a time."""
         source = models.open_source(self.options.original)
         original = models.load_dense(self.options.original, source.folder, None, dtype=torch.float32)
         for spec in self.options.text:
-            sequences = evaluation(spec, source.tokenizer(), original, self.options.closer_samples, self.options.score_len)
-            probe = Probe(self.checkpoint, self.session.structure.units, sequences, original)
+            sequences = evaluation(spec, source.tokenizer(), original, samples, self.options.score_len)
+            yield Path(spec).name, Probe(self.checkpoint, self.session.structure.units, sequences, original)
+
+    def chosen(self, entry: dict[str, Any]) -> BitPlan:
+        return as_plan(self.session.structure.units, map(int, entry["choice"]))
+
+    def closer(self) -> None:
+        for text, probe in self.probes(self.options.closer_samples):
             for bits in self.options.closer:
                 width = self.session.widths[budget.mean_bits(self.session.model, bits).uniform[-1]]
                 named = {f"{width} bits": BitPlan(width)}
                 for name in CLOSER:
                     entry = self.results["plans"].get(f"{name}/{bits:g}")
                     if entry:
-                        named[name] = as_plan(self.session.structure.units, map(int, entry["choice"]))
+                        named[name] = self.chosen(entry)
                 kl = {name: probe.kl_of_plan_by_sequence(plan).double() for name, plan in named.items()}
                 for name, found in kl.items():
                     more = found - kl[f"{width} bits"]
                     row = {"kl": float(found.mean()), "more": float(more.mean()), "error": float(more.std() / len(more) ** 0.5)}
-                    row |= {"budget": bits, "plan": name, "text": Path(spec).name, "tokens": sequences.numel()}
-                    self.add("closer", f"{name}/{bits:g}/{row['text']}", row)
+                    row |= {"budget": bits, "plan": name, "text": text, "tokens": probe.samples * self.options.score_len}
+                    self.add("closer", f"{name}/{bits:g}/{text}", row)
                     print(row, flush=True)
+            del probe
 
     def score(self) -> None:
-        source = models.open_source(self.options.original)
-        original = models.load_dense(self.options.original, source.folder, None, dtype=torch.float32)
-        tokenizer = source.tokenizer()
-        for spec in self.options.text:
-            text, started = Path(spec).name, now()
-            sequences = evaluation(spec, tokenizer, original, self.options.score_samples, self.options.score_len)
-            probe = Probe(self.checkpoint, self.session.structure.units, sequences, original)
+        started = now()
+        for text, probe in self.probes(self.options.score_samples):
             known: dict[str, float] = {}
             for r in self.session.widths:
                 row = self.results["uniform"].get(str(r), {"bits": BitPlan(r).mean_bits(self.checkpoint.modules, self.checkpoint.layout), "kl": {}})
@@ -237,11 +237,12 @@ class Bench:
                     known[entry["choice"]] = scored[text]
                     continue
                 if entry["choice"] not in known:
-                    known[entry["choice"]] = probe.kl_of_plan(as_plan(self.session.structure.units, map(int, entry["choice"])))
+                    known[entry["choice"]] = probe.kl_of_plan(self.chosen(entry))
                 scored[text] = known[entry["choice"]]
                 self.add("plans", key, entry)
                 print(key, text, round(scored[text], 4), flush=True)
-            self.step(f"score {text}", started, tokens=sequences.numel())
+            self.step(f"score {text}", started, tokens=probe.samples * self.options.score_len)
+            started = now()
             del probe  # before the next text has one
 
 

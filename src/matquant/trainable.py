@@ -4,9 +4,8 @@
     TunedLinear     codes are frozen; the reads of narrow widths are trained
 
 A read of its own (a refit, codes.py) is trained as two lengths in steps of its width: how far it puts the mean code from the middle,
-reach = m 2^r / 4, and how far it moves all, v = u / 2^(8 - r); a scale as its ratio to where it started. So a step of the optimizer means the
-same everywhere. All are used as the bytes or halves that
-will be stored; gradients pass these roundings.
+reach = m 2^r / 4, and how far it moves all, v = u / 2^(8 - r); a scale as its ratio to where it started. So a step of the optimizer
+means the same everywhere. All are used as the bytes or halves that will be stored; gradients pass these roundings.
 
 Parameters are float32. The weight is read in float32 and rounded once to what x has (under autocast, to what products are made in).
 """
