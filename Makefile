@@ -59,7 +59,8 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-logo
 
 test: check
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-fail-under=90 --durations=15
+	$(TEST_ENV) $(BIN)/python -m slipcover --json --out .coverage.json -m pytest -n $(WORKERS) --durations=15
+	$(BIN)/python -m slipcover --merge .coverage.json --out .coverage.json --fail-under 90 --skip-covered
 
 # Every allocation is one of its own, so that reads past its end are seen; kernels are compiled, not interpreted.
 sanitize: $(VENV)/.installed-dev
@@ -75,4 +76,4 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf $(VENV) demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage.json

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("MATQUANT_DATA", REPO.parent / "shared" / "data"))
+sys.meta_path.sort(key=lambda finder: type(finder).__name__ != "SlipcoverMetaPathFinder")  # it wraps what jaxtyping's hook loads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 if not torch.cuda.is_available():
