@@ -81,7 +81,7 @@ VARIANTS = {
     **{f"lam8-{lam:g}": Variant(f"lam of 8 bits {lam:g}", EVERY | {"targets": {**Recipe().targets, 8: lam}}) for lam in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
     "favor-2": Variant("2 bits favoured", EVERY | {"favor": (2,)}),
     "favor-4": Variant("4 bits favoured", EVERY | {"favor": (4,)}),
-    "favor-8": Variant("8 bits favoured", EVERY | {"favor": (8,)}),
+    "favor-8": Variant("ours, without gradients, 8 bits favoured", EVERY | {"favor": (8,)}),
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def results() -> str:
 
 
 QUALITY_ORDER = (
-    "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "targets-843", "targets-842", "block", "dedicated", "integer-zero", "round"
+    "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "targets-843", "targets-842", "favor-8", "block", "dedicated", "integer-zero", "round"
 )  # fmt: skip
 ABLATION_ORDER = (
     "one-pass", "streams", "streams-refit", "streams-refit+refit", "one-stream", "two-streams", "symmetric-target", "full-target", "no-clip-search",
