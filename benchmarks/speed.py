@@ -50,6 +50,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "objective": [(gptq, "build"), (repair, "build")],
     "clip search": [(gptq, "search_grid")],
     "columns of GPTQ": [(gptq, "choose_codes")],
+    "the planes below": [(gptq, "fit_residual"), (groups, "fit_residual")],
     "sweeps": [(gptq, "descend"), (repair, "descend")],
     "refits": [(gptq, "refit"), (objective, "refit"), (repair, "refit")],
 }

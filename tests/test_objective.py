@@ -14,7 +14,7 @@ from matquant.methods import minmax
 from matquant.objective import DEDICATED_SHRINKS, expected_loss, row_losses
 from matquant.recipe import FAVOR, Recipe
 
-RECIPE = Recipe(group_size=8, scale_dtype="float32", refit_bits=0)
+RECIPE = Recipe(group_size=8, scale_dtype="float32", refit_bits=0, targets={8: 0.05, 4: 0.25, 3: 0.5, 2: 1.0})
 
 
 def test_losses_are_output_errors_on_each_widths_own_inputs() -> None:

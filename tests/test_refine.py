@@ -52,7 +52,7 @@ def setting(seed: int = 0, dtype: str = "float32") -> tuple[Trainer, dict[str, N
     x = torch.randn(24, 10, 16, generator=torch.Generator().manual_seed(seed + 1))
     with torch.no_grad():
         goal = block(x)
-    streams = {r: x + 0.02 * (6 - min(r, 6)) * torch.randn(x.shape, generator=torch.Generator().manual_seed(r)) for r in (8, *WIDTHS)}
+    streams = {r: x + 0.02 * (6 - min(r, 6)) * torch.randn(x.shape, generator=torch.Generator().manual_seed(r)) for r in (8, 6, *WIDTHS)}
     layers = {"up": block.up, "down": block.down}
     return Trainer(block, Call((), {}, named=False), layers, streams, goal, dtype=getattr(torch, dtype)), {
         name: rounded(layer.weight.data) for name, layer in layers.items()

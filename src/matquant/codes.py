@@ -303,25 +303,27 @@ class CodeChooser:
 
         now: the codes whose `fixed` planes must stay; wanted where any are.
         """
-        base, residuals = tables.base, tables.residuals
+        below, base, residuals = tables
+        first = torch.zeros((), dtype=torch.long, device=t.device)
+        if self.fixed and now is not None:  # of the prefixes, only those that share the planes of `now`
+            cell, choices = (now >> (self.grid.bits - self.fixed)).long(), 2 ** (self.prefix_bits - self.fixed)
+            below, base = below.reshape(len(below), 2**self.fixed, choices)[:, cell], base.reshape(-1, choices)[cell]
+            first = cell[:, None] * choices
         reach = t[-1, :, None] - base
         e = (reach + 0.5).floor_().clamp_(0, residuals - 1)
-        if len(base) == 1:
-            return e[:, 0].to(torch.uint8)
+        if base.shape[-1] == 1:
+            return (first * residuals + e.long()).squeeze(1).to(torch.uint8)
         cost = torch.zeros_like(e)
-        for t_r, weight_r, p in zip(t, weight, tables.below, strict=False):  # the last t is the parent's
+        for t_r, weight_r, p in zip(t, weight, below, strict=False):  # the last t is the parent's
             miss = t_r[:, None] - p
             cost.addcmul_(miss.square_(), weight_r[:, None])
-        if self.fixed and now is not None:
-            prefixes = torch.arange(len(base), device=t.device) >> (self.prefix_bits - self.fixed)
-            cost.masked_fill_(prefixes != (now >> (self.grid.bits - self.fixed))[:, None], torch.inf)
         miss = reach.sub_(e)
         if self.parent_counts:
             cost.addcmul_(miss.square_(), weight[-1, :, None])
         else:
             cost = miss.abs_().masked_fill_(cost > cost.amin(1, keepdim=True), torch.inf)
         best = cost.argmin(1, keepdim=True)
-        return (best * residuals + e.gather(1, best).long()).squeeze(1).to(torch.uint8)
+        return ((first + best) * residuals + e.gather(1, best).long()).squeeze(1).to(torch.uint8)
 
 
 class ChooserTables(NamedTuple):

@@ -15,7 +15,7 @@ from matquant.codes import CodeChooser
 from matquant.models import Layers, Source, own_tensors
 from matquant.plan import Table
 from matquant.recipe import ORIGINAL, Recipe
-from matquant.refine import HIGH
+from matquant.residual import HIGH
 
 TOUCHES_PER_CANDIDATE = 8  # elementwise passes over [rows, candidates] in CodeChooser.choose, and about as many for the feedback
 CLIP_TOUCHES = 21 * 4 * 8  # shrinks x targets x passes in clip.joint_cost

@@ -15,11 +15,11 @@ from matquant.objective import row_losses
 from matquant.omniquant import Learner
 from matquant.plan import Shape
 from matquant.recipe import ORIGINAL, Recipe
-from matquant.refine import HIGH, Trainer, refine
+from matquant.refine import Trainer, refine
 from matquant.refit import refit
 from matquant.repair import repair
 from matquant.report import LayerReport
-from matquant.residual import fit_residual
+from matquant.residual import HIGH, fit_residual
 from matquant.weight import NestedWeight, Refit
 from matquant.world import ALONE, World, union
 
@@ -233,14 +233,17 @@ def quantize_group(weights: Mapping[str, Float[Tensor, "_ in"]], inputs: Inputs,
 
 
 def fit_below(weight: NestedWeight, w: Float[Tensor, "out in"], inputs: Inputs, recipe: Recipe, planes: int) -> NestedWeight:
-    """`weight` with the planes below the first `planes` fitted to `w` anew: for all wider targets, or, below the high nibble, for the
-    widest read, with overlap if the recipe says so."""
+    """`weight` with the planes below the first `planes` fitted to `w` anew, for all wider targets; below the high nibble with overlap
+    if the recipe says so."""
     if planes < HIGH:
         return repair(weight, w, inputs, recipe, planes)
-    h = inputs.h[recipe.stream_of(max(recipe.bits))]
-    factor = factorize(h, recipe.damping, visiting_order([h], recipe.act_order))
+    used = {recipe.stream_of(r): inputs.h[recipe.stream_of(r)] for r in (*recipe.targets, *recipe.bits, recipe.parent_bits) if r > HIGH}
+    order = visiting_order(used.values(), recipe.act_order)
+    factors = {stream: factorize(h, recipe.damping, order) for stream, h in used.items()}
+    on_grid = replace(weight, grid=recipe.grid, refits={r: fit for r, fit in weight.refits.items() if r <= HIGH})
+    fitted, _ = fit_residual(on_grid, w, inputs, factors, recipe, planes)
     wide = tuple(r for r in recipe.layout.refit_widths if r > HIGH)
-    return refit(fit_residual(weight, w, factor, recipe.grid, recipe.sweeps), dict.fromkeys(wide, w), dict.fromkeys(wide, factor.damped), wide)[0]
+    return refit(fitted, dict.fromkeys(wide, w), {r: factors[recipe.stream_of(r)].damped for r in wide}, wide)[0]
 
 
 def layer_errors(w: Float[Tensor, "out in"], weight: NestedWeight, inputs: Inputs, recipe: Recipe) -> dict[int, float | None]:

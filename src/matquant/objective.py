@@ -99,16 +99,7 @@ def expected_loss(w: Float[Tensor, "out in"], factor: Factor, bits: int, recipe:
     cost = factor.cost_in_place()
     grid = Grid(bits, recipe.group_size, recipe.symmetric, overlap=False)
     alone = replace(
-        recipe,
-        method="gptq",
-        parent_bits=bits,
-        bits=(bits,),
-        targets={bits: 1.0},
-        streams=(),
-        overlap=False,
-        refit_bits=0,
-        finetune_reads=0,
-        favor=(),
+        recipe.aiming_at({bits: 1.0}), method="gptq", parent_bits=bits, bits=(bits,), streams=(), overlap=False, refit_bits=0, finetune_reads=0
     )
     shrinks = DEDICATED_SHRINKS if bits < 4 else (1.0,)  # from 4 bits up, clipping hardly pays
     scale, zero = search_grid(w, {bits: cost}, {bits: torch.ones(len(w), device=w.device)}, alone, shrinks)

@@ -7,7 +7,7 @@ to lose (objective.py); with `normalize` off, in units of the squared parent ste
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, no_type_check
 
@@ -25,7 +25,7 @@ TRAIN_DTYPES = ("float32", "bfloat16")
 
 
 def _targets() -> dict[int, float]:
-    return {8: 0.05, 4: 0.25, 3: 0.5, 2: 1.0}
+    return {8: 0.05, 6: 0.05, 4: 0.25, 3: 0.5, 2: 1.0}
 
 
 ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
@@ -47,7 +47,7 @@ class Recipe:
     )
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
     targets: Mapping[int, float] = _help(
-        "widths that are optimised and the weight of each, for instance 8:.05,4:.25,3:.5,2:1", default_factory=_targets
+        "widths that are optimised and the weight of each, for instance 8:.05,6:.05,4:.25,3:.5,2:1", default_factory=_targets
     )
     normalize: bool = _help(
         "count a target's loss relative to what a run dedicated to it would lose; off = raw lambdas, as in the papers", default=True
@@ -240,6 +240,10 @@ class Recipe:
     def importance(self) -> Mapping[int, float]:
         """`targets`, those of `favor` tripled."""
         return {r: lam * (FAVOR if r in self.favor else 1.0) for r, lam in self.targets.items()}
+
+    def aiming_at(self, targets: Mapping[int, float]) -> "Recipe":
+        """The same with other targets, each width calibrated on the stream that it has here."""
+        return replace(self, targets=targets, favor=(), streams=self.stream_widths, teachers={}, teachers_only=False)
 
     @property
     def stream_widths(self) -> tuple[int, ...]:

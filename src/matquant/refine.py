@@ -34,10 +34,10 @@ from matquant import models
 from matquant.activations import Call
 from matquant.latent import Latent
 from matquant.recipe import Recipe
+from matquant.residual import HIGH
 from matquant.weight import NestedWeight
 from matquant.world import ALONE, World
 
-HIGH = 4  # bits of the high nibble, whose planes are trained
 HELD_OUT = 8  # one sequence in so many is held out
 READ_RATE = 0.01  # of a read's scale, relative to 1, and of its zero, relative to a step of the width
 BETAS = (0.9, 0.95)

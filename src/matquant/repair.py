@@ -26,7 +26,7 @@ def repair(weight: NestedWeight, w: Float[Tensor, "out in"], inputs: Inputs, rec
     if not targets:
         return weight
     offered = tuple(r for r in recipe.bits if r in targets or r not in recipe.targets)  # the others' reads are trained already
-    recipe = replace(recipe, targets=targets, bits=offered, favor=(), streams=recipe.stream_widths, overlap=weight.grid.overlap)
+    recipe = replace(recipe.aiming_at(targets), bits=offered, overlap=weight.grid.overlap)
     order = visiting_order(inputs.h.values(), recipe.act_order)
     factors = {stream: factorize(h, recipe.damping, order) for stream, h in inputs.h.items()}
     objective = build(w, inputs, factors, recipe, fixed)
