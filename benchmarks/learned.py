@@ -69,7 +69,7 @@ VARIANTS = {
     "qat-weights": Variant("MatQuant, QAT, weights alone", QAT | {"targets": LAMBDA, "learn_scales": False}),
     "qat-balanced": Variant("MatQuant, QAT, balanced gradients", QAT | {"targets": LAMBDA, "balance_gradients": True}),
     "qat-random": Variant("MatQuant, QAT, a random width a layer", QAT | {"targets": LAMBDA, "random_width": True}),
-    "qat-ours": Variant("QAT with floor slicing, reads of their own, taught by the original", OURS | {"method": "qat", "teachers": dict.fromkeys((8, 4, 3, 2), 0)}),
+    "qat-ours": Variant("QAT with floor slicing, reads of their own, taught by the original", OURS | {"method": "qat", "teachers": dict.fromkeys(WIDTHS, 0)}),
     "omniquant-ours": Variant("OmniQuant with floor slicing and reads of their own", OURS | {"method": "omniquant"}),
     "nested-tuned": Variant("ours, without gradients", OURS | {"finetune_reads": 1}),
     "block-tuned": Variant("ours, block refinement", OURS | {"method": "block", "finetune_reads": 1}),
