@@ -46,7 +46,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "activations: the original's": [(activations, "pass_original")],
     "activations: moments of inputs": [(activations, "statistics")],
     "activations: to the next block": [(activations, "propagate")],
-    "factors of Hessians": [(gptq, "factorize"), (repair, "factorize"), (groups, "factorize")],
+    "factors of Hessians": [(gptq, "factorize_all"), (repair, "factorize_all"), (groups, "factorize_all")],
     "objective": [(gptq, "build"), (repair, "build")],
     "clip search": [(gptq, "search_grid")],
     "columns of GPTQ": [(gptq, "choose_codes")],

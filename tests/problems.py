@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from matquant.activations import Inputs
-from matquant.factor import Factor, factorize, visiting_order
+from matquant.factor import Factor, factorize_all
 from matquant.objective import Objective, build
 from matquant.recipe import Recipe
 
@@ -39,8 +39,7 @@ def one_each(columns: int, recipe: Recipe, seed: int = 0) -> Inputs:
 
 def prepared(w: Tensor, inputs: Inputs, recipe: Recipe) -> tuple[Objective, Mapping[int, Factor]]:
     """(objective, factor of every stream) as the methods make them."""
-    order = visiting_order(inputs.h.values(), recipe.act_order)
-    factors = {stream: factorize(h, recipe.damping, order) for stream, h in inputs.h.items()}
+    factors = factorize_all(inputs.h, recipe.damping, recipe.act_order)
     return build(w, inputs, factors, recipe), factors
 
 

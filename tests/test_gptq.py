@@ -13,6 +13,7 @@ from matquant.activations import Inputs
 from matquant.codes import CodeChooser, fit_grid, levels, read_rule, slice_codes
 from matquant.columns import choose_codes
 from matquant.recipe import Recipe
+from matquant.residual import split
 from matquant.weight import NestedWeight
 
 PLAIN = Recipe(group_size=8, symmetric=True, clip_search=False, act_order=False, refit_bits=0, scale_dtype="float32", sweeps=0, normalize=False)
@@ -260,7 +261,9 @@ def test_only_stages_that_took_place_are_told(changes: dict, names: list[str]) -
     recipe = replace(FULL, **changes)
     w, h = problem(out=3, columns=16)
     chosen = methods.load("gptq")(w, same_for_all(h, recipe), recipe)
-    assert list(chosen.stages) == names and sorted(list(chosen.stages.values())[-1]) == sorted(recipe.targets)
+    assert list(chosen.stages) == names and sorted([*chosen.stages.values()][-1]) == sorted(recipe.targets)
+    told = split(recipe)[0].targets  # by the stages before the residual's
+    assert all(sorted(stage) == sorted(told) for name, stage in chosen.stages.items() if name != "residual")
 
 
 def test_widths_between_the_targets_are_refitted_to_their_own_inputs() -> None:

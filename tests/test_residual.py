@@ -11,7 +11,7 @@ from problems import damped, one_each, same_for_all, slow_loss
 from torch import Tensor
 
 from matquant.activations import Inputs
-from matquant.factor import Factor, factorize, visiting_order
+from matquant.factor import Factor, factorize_all
 from matquant.recipe import Recipe
 from matquant.residual import fit_residual, split, within
 from matquant.weight import NestedWeight
@@ -32,8 +32,7 @@ def problem(seed: int, overlap: bool) -> tuple[Tensor, Tensor, NestedWeight]:
 
 
 def factored(inputs: Inputs) -> dict[int, Factor]:
-    order = visiting_order(inputs.h.values(), act_order=True)
-    return {stream: factorize(h, RECIPE.damping, order) for stream, h in inputs.h.items()}
+    return factorize_all(inputs.h, RECIPE.damping, act_order=True)
 
 
 def fit(weight: NestedWeight, w: Tensor, inputs: Inputs, recipe: Recipe, fixed: int = 4) -> tuple[NestedWeight, dict[int, Tensor]]:

@@ -289,6 +289,11 @@ class CodeChooser:
         """The widths whose t `choose` wants, in order: the targets below the parent's, then the parent's."""
         return (*self.widths, self.grid.bits)
 
+    @property
+    def candidates(self) -> int:
+        """How many prefixes `choose` tries for a code."""
+        return 2 ** (self.prefix_bits - self.fixed)
+
     def tables(self, device: torch.device) -> "ChooserTables":
         """What `choose` looks up, on `device`."""
         residuals = 2 ** (self.grid.bits - self.prefix_bits)
@@ -306,7 +311,7 @@ class CodeChooser:
         below, base, residuals = tables
         first = torch.zeros((), dtype=torch.long, device=t.device)
         if self.fixed and now is not None:  # of the prefixes, only those that share the planes of `now`
-            cell, choices = (now >> (self.grid.bits - self.fixed)).long(), 2 ** (self.prefix_bits - self.fixed)
+            cell, choices = (now >> (self.grid.bits - self.fixed)).long(), self.candidates
             below, base = below.reshape(len(below), 2**self.fixed, choices)[:, cell], base.reshape(-1, choices)[cell]
             first = cell[:, None] * choices
         reach = t[-1, :, None] - base

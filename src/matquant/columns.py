@@ -38,7 +38,6 @@ def choose_codes(
     running = torch.stack([goal.T[order] for goal in objective.goal])  # [streams, in, out]
     block = BLOCK if static_groups else size
     reads = affine_reads(objective.widths, state)
-    chooser = objective.chooser
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         if not static_groups:
@@ -49,7 +48,7 @@ def choose_codes(
             reads = affine_reads(objective.widths, state)
         groups = (order[begin:end] // size).tolist()
         corner = torch.stack([u[begin:end, begin:end] for u in upper])
-        with for_steps_of(out * 2 ** (chooser.prefix_bits - chooser.fixed)):
+        with for_steps_of(out * objective.chooser.candidates):
             codes[begin:end], errors = _block(running[:, begin:end], corner, reads, groups, now[begin:end], objective, state, feedback == "mean")
         for r, u in enumerate(upper):
             running[r, end:] -= u[begin:end, end:].T @ errors[r]

@@ -3,7 +3,7 @@
 U = chol(H^-1), upper, needs no inverse of H: with H in reverse order = L L^T, L^-1 read backwards in rows and columns is U.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,12 @@ def visiting_order(hessians: Iterable[Float[Tensor, "in in"]], act_order: bool) 
     if act_order and power.isfinite().all():
         return torch.argsort(power, descending=True, stable=True)
     return torch.arange(len(power), device=power.device)
+
+
+def factorize_all(hessians: Mapping[int, Float[Tensor, "in in"]], damping: float, act_order: bool) -> dict[int, Factor]:
+    """The factor of every stream's H, all in one order."""
+    order = visiting_order(hessians.values(), act_order)
+    return {stream: factorize(h, damping, order) for stream, h in hessians.items()}
 
 
 def factorize(h: Float[Tensor, "in in"], damping: float, order: Int[Tensor, " in"]) -> Factor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from matquant import activations, methods, models
 from matquant.activations import Inputs
-from matquant.factor import factorize, visiting_order
+from matquant.factor import factorize_all
 from matquant.objective import row_losses
 from matquant.omniquant import Learner
 from matquant.plan import Shape
@@ -238,8 +238,7 @@ def fit_below(weight: NestedWeight, w: Float[Tensor, "out in"], inputs: Inputs, 
     if planes < HIGH:
         return repair(weight, w, inputs, recipe, planes)
     used = {recipe.stream_of(r): inputs.h[recipe.stream_of(r)] for r in (*recipe.targets, *recipe.bits, recipe.parent_bits) if r > HIGH}
-    order = visiting_order(used.values(), recipe.act_order)
-    factors = {stream: factorize(h, recipe.damping, order) for stream, h in used.items()}
+    factors = factorize_all(used, recipe.damping, recipe.act_order)
     on_grid = replace(weight, grid=recipe.grid, refits={r: fit for r, fit in weight.refits.items() if r <= HIGH})
     fitted, _ = fit_residual(on_grid, w, inputs, factors, recipe, planes)
     wide = tuple(r for r in recipe.layout.refit_widths if r > HIGH)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from matquant.activations import Inputs
-from matquant.factor import factorize, visiting_order
+from matquant.factor import factorize_all
 from matquant.objective import build, refit_interpolated
 from matquant.recipe import Recipe
 from matquant.refit import refit
@@ -27,12 +27,11 @@ def repair(weight: NestedWeight, w: Float[Tensor, "out in"], inputs: Inputs, rec
         return weight
     offered = tuple(r for r in recipe.bits if r in targets or r not in recipe.targets)  # the others' reads are trained already
     recipe = replace(recipe.aiming_at(targets), bits=offered, overlap=weight.grid.overlap)
-    order = visiting_order(inputs.h.values(), recipe.act_order)
-    factors = {stream: factorize(h, recipe.damping, order) for stream, h in inputs.h.items()}
+    factors = factorize_all(inputs.h, recipe.damping, recipe.act_order)
     objective = build(w, inputs, factors, recipe, fixed)
     goals, hessians = dict(zip(objective.widths, objective.goal, strict=True)), dict(zip(objective.widths, objective.h, strict=True))
     fitted = tuple(r for r in recipe.layout.refit_widths if r in targets)
     for _ in range(max(recipe.sweeps, 1)):
-        weight, _ = descend(weight, objective, order, objective.losses(weight))
+        weight, _ = descend(weight, objective, next(iter(factors.values())).order, objective.losses(weight))
         weight, _ = refit(weight, goals, hessians, fitted)
     return refit_interpolated(weight, objective, factors, recipe)

@@ -55,7 +55,7 @@ def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"])
         end = min(start + BLOCK, len(codes))
         corner = torch.stack([hessian[start:end, start:end] for hessian in h])
         moved = torch.zeros_like(read[:, start:end])
-        with for_steps_of(codes.shape[1] * len(prefixes.base)):
+        with for_steps_of(codes.shape[1] * chooser.candidates):
             for j in range(start, end):
                 done, g = j - start, group_of[j]
                 slope = gradient[:, j]

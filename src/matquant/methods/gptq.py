@@ -29,7 +29,7 @@ from matquant.activations import Inputs
 from matquant.clip import Search, search_grid
 from matquant.codes import fit_grid
 from matquant.columns import choose_codes
-from matquant.factor import Factor, factorize, visiting_order
+from matquant.factor import Factor, factorize_all
 from matquant.methods import Chosen
 from matquant.objective import Objective, build, refit_interpolated
 from matquant.recipe import Recipe
@@ -43,8 +43,7 @@ Losses = Mapping[int, Float[Tensor, " out"]]
 
 def quantize(w: Float[Tensor, "out in"], inputs: Inputs, recipe: Recipe) -> Chosen:
     """Codes for `w` (float32) that minimise the output error of every target on its own `inputs`."""
-    order = visiting_order(inputs.h.values(), recipe.act_order)
-    factors = {stream: factorize(h, recipe.damping, order) for stream, h in inputs.h.items()}
+    factors = factorize_all(inputs.h, recipe.damping, recipe.act_order)
     first, fixed = split(recipe)
     objective = build(w, inputs, factors, first)
     of_stream = [factors[recipe.stream_of(r)] for r in objective.widths]

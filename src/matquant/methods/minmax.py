@@ -11,7 +11,7 @@ from torch import Tensor
 from matquant.activations import Inputs
 from matquant.clip import search_grid
 from matquant.codes import fit_grid, nearest_code
-from matquant.factor import factorize, visiting_order
+from matquant.factor import factorize_all
 from matquant.methods import Chosen
 from matquant.objective import build
 from matquant.recipe import Recipe
@@ -23,8 +23,7 @@ def quantize(w: Float[Tensor, "out in"], inputs: Inputs, recipe: Recipe) -> Chos
     grid, dtype = recipe.grid, getattr(torch, recipe.scale_dtype)
     wg = w.reshape(w.shape[0], grid.groups(w.shape[1]), -1)
     if recipe.clip_search:
-        order = visiting_order(inputs.h.values(), act_order=False)
-        objective = build(w, inputs, {stream: factorize(h, recipe.damping, order) for stream, h in inputs.h.items()}, recipe)
+        objective = build(w, inputs, factorize_all(inputs.h, recipe.damping, act_order=False), recipe)
         scale, zero = search_grid(w, *objective.by_target(inputs, recipe), recipe)
     else:
         scale, zero = fit_grid(wg, grid, dtype)
