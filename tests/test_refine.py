@@ -59,7 +59,7 @@ def setting(seed: int = 0, dtype: str = "float32") -> tuple[Trainer, dict[str, N
     }
 
 
-def unchanged(weights: Mapping[str, NestedWeight], planes: int) -> dict[str, NestedWeight]:
+def unchanged(weights: Mapping[str, NestedWeight], planes: int, _: Recipe) -> dict[str, NestedWeight]:
     assert 2 <= planes <= 4
     return dict(weights)
 
@@ -108,7 +108,7 @@ def test_every_low_width_gets_better_on_sequences_it_has_not_seen(dtype: str) ->
     trainer, weights = setting(dtype=dtype)
     refined = refine.refine(trainer, weights, unchanged, replace(RECIPE, refine_steps=60, targets={4: 0.25, 3: 0.5, 2: 1.0}))
     assert all(value < 0.97 for value in refined.change.values()), refined
-    assert set(refined.change) == set(WIDTHS) and refined.notes[-1].startswith("block refined with reach 1.5; loss on sequences held out")
+    assert set(refined.change) == set(WIDTHS) and refined.notes[-1].startswith("block refined with reach 0.7; loss on sequences held out")
     for name, weight in refined.weights.items():
         assert torch.equal(weight.scale, weights[name].scale) and weight.grid == weights[name].grid
     assert any(not torch.equal(weight.codes, weights[name].codes) for name, weight in refined.weights.items())
@@ -138,11 +138,13 @@ def test_one_sequence_at_a_time_trains_as_several_do() -> None:
 
 def test_codes_move_no_further_than_their_reach() -> None:
     trainer, weights = setting()
-    recipe = replace(RECIPE, refine_reach=6.0, targets={4: 1.0, 3: 1.0, 2: 1.0})
-    found = refine._Attempt(trainer, unchanged, recipe, 6.0).run(weights, (2, 3, 4), ())
-    assert found is not None
-    moved = torch.cat([(found[name].codes.int() - weights[name].codes.int()).abs().flatten() for name in weights])
-    assert 0 < moved.max() <= 3 * 6  # once for each width
+    recipe = replace(RECIPE, targets={4: 1.0, 3: 1.0, 2: 1.0})
+    attempt = refine._Attempt(trainer, unchanged, recipe, 1.5, dict.fromkeys(WIDTHS, 1.0))
+    for bits, reach in ((4, 1.5), (3, 3), (2, 6)):
+        found = attempt.run(weights, (bits,), ())
+        assert found is not None
+        moved = torch.cat([(found[name].codes.int() - weights[name].codes.int()).abs().flatten() for name in weights])
+        assert 0 < moved.max() <= reach + 0.5  # from the middle of a code
 
 
 def test_equal_seeds_give_equal_codes() -> None:
@@ -161,7 +163,7 @@ def test_a_block_that_diverges_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch
     original = Trainer.loss
     monkeypatch.setattr(Trainer, "loss", lambda self, reads, bits, sample: original(self, reads, bits, sample) * float("nan"))
     refined = refine.refine(trainer, weights, unchanged, RECIPE)
-    assert [note.partition(" with ")[2] for note in refined.notes[:-1]] == ["reach 1.5 diverged", "reach 0.75 diverged", "reach 0 diverged"]
+    assert [note.partition(" with ")[2] for note in refined.notes[:-1]] == ["reach 0.7 diverged", "reach 0.35 diverged", "reach 0 diverged"]
     assert refined.notes[-1] == "block not refined" and not refined.change
     assert all(refined.weights[name] is weight for name, weight in weights.items())
 
@@ -169,7 +171,7 @@ def test_a_block_that_diverges_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch
 def test_a_block_that_gets_worse_at_one_width_keeps_its_codes() -> None:
     trainer, weights = setting()
 
-    def spoil(trained: Mapping[str, NestedWeight], planes: int) -> dict[str, NestedWeight]:
+    def spoil(trained: Mapping[str, NestedWeight], planes: int, _: Recipe) -> dict[str, NestedWeight]:
         return {name: replace(weight, codes=weight.codes & 0xF0) for name, weight in trained.items()}  # 8 bits lose their low planes
 
     refined = refine.refine(trainer, weights, spoil, RECIPE)
@@ -177,6 +179,29 @@ def test_a_block_that_gets_worse_at_one_width_keeps_its_codes() -> None:
     assert refined.notes[2].startswith("only reads of the block refined")
     assert all(torch.equal(refined.weights[name].codes, weight.codes) for name, weight in weights.items())
     assert all(refined.change[r] < 1 for r in WIDTHS) and refined.change[8] == 1
+
+
+def test_a_wide_width_that_came_off_badly_counts_more_in_the_next_fit() -> None:
+    trainer, weights = setting()
+    asked: list[Mapping[int, float]] = []
+
+    def low(trained: Mapping[str, NestedWeight], planes: int, recipe: Recipe) -> dict[str, NestedWeight]:
+        if planes < 4:
+            return dict(trained)
+        asked.append(recipe.targets)
+        lost = recipe.targets[6] < 0.12  # of 6 bits, until it counts
+        return {name: replace(weight, codes=weight.codes ^ (0x08 if lost else 0)) for name, weight in weights.items()}
+
+    recipe = replace(RECIPE, targets={8: 1e-9, 6: 0.05, 2: 1.0})
+    before = {8: float("inf"), 6: trainer.held(weights, 6, split(24)[1]), 2: 1.0}
+    attempt = refine._Attempt(trainer, low, recipe, 1.0, before)
+    found = attempt.low_nibble(dict(weights))
+    assert all(torch.equal(found[name].codes, weight.codes) for name, weight in weights.items())
+    assert asked == [{8: 1e-9, 6: lam, 2: 1.0} for lam in (0.05, 0.1, 0.1 * 2**0.5)]
+    asked.clear()
+    attempt = refine._Attempt(trainer, low, recipe, 1.0, dict.fromkeys(before, 0.0))
+    attempt.low_nibble(dict(weights))
+    assert len(asked) == 1  # where both lose, neither can win
 
 
 def test_reads_that_do_no_better_on_sequences_held_out_stay() -> None:

@@ -149,7 +149,7 @@ class BlockState:
         trainer = self._trainer()
         inputs = self._inputs([members[0] for members in groups])  # as GPTQ left them: training moves them little
 
-        def below(weights: Mapping[str, NestedWeight], planes: int) -> dict[str, NestedWeight]:
+        def below(weights: Mapping[str, NestedWeight], planes: int, recipe: Recipe) -> dict[str, NestedWeight]:
             found: dict[str, NestedWeight] = {}
             for members in groups:
                 w = torch.cat([self._original(name) for name in members])

@@ -25,7 +25,7 @@ TRAIN_DTYPES = ("float32", "bfloat16")
 
 
 def _targets() -> dict[int, float]:
-    return {8: 0.05, 6: 0.05, 4: 0.25, 3: 0.5, 2: 1.0}
+    return {8: 0.06, 6: 0.05, 4: 0.25, 3: 0.5, 2: 1.0}
 
 
 ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
@@ -47,7 +47,7 @@ class Recipe:
     )
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
     targets: Mapping[int, float] = _help(
-        "widths that are optimised and the weight of each, for instance 8:.05,6:.05,4:.25,3:.5,2:1", default_factory=_targets
+        "widths that are optimised and the weight of each, for instance 8:.06,6:.05,4:.25,3:.5,2:1", default_factory=_targets
     )
     normalize: bool = _help(
         "count a target's loss relative to what a run dedicated to it would lose; off = raw lambdas, as in the papers", default=True
@@ -73,10 +73,10 @@ class Recipe:
         default=0,
     )
     asymmetric_calibration: float = _help("share of the inputs' drift that weights make up for (GPTAQ): 0 to 1", default=0.5)
-    sweeps: int = _help("rounds of refit and coordinate descent over the codes after GPTQ", default=2)
+    sweeps: int = _help("rounds of refit and coordinate descent over the codes after GPTQ", default=3)
     refine_steps: int = _help("training steps of each width, and of each read (method block)", default=60)
     refine_tokens: int = _help("tokens of a training step: whole sequences, at least one", default=1024)
-    refine_reach: float = _help("how far training may move a code, in parent codes", default=1.5)
+    refine_reach: float = _help("how far training may move a code, in parent codes: at 4 bits; twice as far with each bit less", default=0.7)
     refine_dtype: str = _help(
         "what blocks compute in while they are trained: float32 or bfloat16 (faster on hardware that has it)", default="float32"
     )

@@ -15,6 +15,9 @@ coarse to fine, and what is trained is frozen before the next:
     train the reads of every width up to 4 bits, codes frozen
     fit the low nibble for the wide reads, with `overlap` or without (residual.py)
 
+A code moves `refine_reach` at most at 4 bits, and twice as far with each bit less: a weight in the wrong cell costs the wide reads the square
+of its way back, and of all weights twice as many lie near a border of 4 bits as of 3.
+
 Straight-through training is noise to a width whose codes are nearly right, and an exact sweep repairs at once what a hundred
 steps do not win back. What we change against the sources: several widths, planes frozen in turn, and sweeps between.
 
@@ -23,7 +26,7 @@ then with its codes left alone; reads that do no better there stay as they were.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,11 +42,12 @@ from matquant.weight import NestedWeight
 from matquant.world import ALONE, World
 
 HELD_OUT = 8  # one sequence in so many is held out
+BALANCINGS = 3  # how often at most the low nibble is fitted with other weights, for a wide width that came off badly
 READ_RATE = 0.01  # of a read's scale, relative to 1, and of its zero, relative to a step of the width
 BETAS = (0.9, 0.95)
 
 Weights = dict[str, NestedWeight]  # by layer name in the block
-Repair = Callable[[Mapping[str, NestedWeight], int], Weights]
+Repair = Callable[[Mapping[str, NestedWeight], int, Recipe], Weights]
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Refined:
 def refine(trainer: Trainer, weights: Mapping[str, NestedWeight], repair: Repair, recipe: Recipe) -> Refined:
     """Better integers for a block, or the same; deterministic for `recipe.seed`.
 
-    weights: by layer name in the block. repair(weights, planes): the same high planes, the planes below fitted anew for the wider
+    weights: by layer name in the block. repair(weights, planes, recipe): the same high planes, the planes below fitted anew for the wider
     targets; from `planes` = 4 on, put on the grid of the checkpoint, overlapping or not.
     """
     low = sorted(r for r in recipe.targets if r <= HIGH)
@@ -127,7 +131,7 @@ def refine(trainer: Trainer, weights: Mapping[str, NestedWeight], repair: Repair
     before = held_out(trainer, weights, recipe)
     notes: list[str] = []
     for reach in (recipe.refine_reach, recipe.refine_reach / 2, 0.0):
-        attempt = _Attempt(trainer, repair, recipe, reach)
+        attempt = _Attempt(trainer, repair, recipe, reach, before)
         found = attempt.run(weights, low, reads)
         if found is None:
             notes.append(f"block refinement with reach {reach:g} diverged")
@@ -140,7 +144,7 @@ def refine(trainer: Trainer, weights: Mapping[str, NestedWeight], repair: Repair
             words = f"block refined with reach {reach:g}" if reach else "only reads of the block refined"
             return Refined(found, change, (*notes, f"{words}; loss on sequences held out, of the loss before: {told}"))
         notes.append(f"block refinement with reach {reach:g} was worse on sequences held out: {told}")
-    kept = repair(weights, HIGH) if recipe.overlap else dict(weights)
+    kept = repair(weights, HIGH, recipe) if recipe.overlap else dict(weights)
     return Refined(kept, {}, (*notes, "block not refined"))
 
 
@@ -152,12 +156,13 @@ def held_out(trainer: Trainer, weights: Mapping[str, NestedWeight], recipe: Reci
 
 @dataclass(frozen=True)
 class _Attempt:
-    """Refinement with one reach."""
+    """Refinement with one reach. before: losses on the sequences held out, of every target."""
 
     trainer: Trainer
     repair: Repair
     recipe: Recipe
     reach: float
+    before: Mapping[int, float]
 
     def run(self, weights: Mapping[str, NestedWeight], low: Sequence[int], reads: Sequence[int]) -> Weights | None:
         """All stages in turn; None if some loss was not finite."""
@@ -169,13 +174,27 @@ class _Attempt:
                 return None
             fixed = bits
             if bits < HIGH:
-                current = self.repair(current, bits)
+                current = self.repair(current, bits, self.recipe)
         for bits in reads:
             trained = self.train(current, bits, fixed=bits)
             if trained is None:
                 return None
             current = self.better(current, trained, bits)
-        return self.repair(current, HIGH) if self.reach or self.recipe.overlap else current
+        return self.low_nibble(current) if self.reach or self.recipe.overlap else current
+
+    def low_nibble(self, weights: Weights) -> Weights:
+        """The planes below the high nibble, fitted for the wide targets. While some of these lose more than before and others do not,
+        they count more in the next try: twice as much, then by a factor of 2^(1/2), then of 2^(1/4)."""
+        recipe, samples = self.recipe, split(len(self.trainer.goal))[1]
+        wide = [r for r in recipe.targets if r > HIGH]
+        found = self.repair(weights, HIGH, recipe)
+        for attempt in range(BALANCINGS):
+            worse = [r for r in wide if self.trainer.held(found, r, samples) > self.before[r]]
+            if not worse or len(worse) == len(wide):
+                break
+            recipe = replace(recipe, targets={r: lam * (2.0 ** (0.5**attempt) if r in worse else 1) for r, lam in recipe.targets.items()})
+            found = self.repair(weights, HIGH, recipe)
+        return found
 
     def better(self, weights: Weights, trained: Weights, bits: int) -> Weights:
         """Whichever reads `bits` with less loss on the sequences held out."""
@@ -184,11 +203,11 @@ class _Attempt:
 
     def train(self, weights: Weights, bits: int, fixed: int) -> Weights | None:
         """The planes of `bits` from `fixed` on, and its read; its read alone if these are none. None if a loss was not finite."""
-        recipe, moving = self.recipe, fixed < bits
-        latents = {name: Latent.of(weight, (bits,), fixed, self.reach) for name, weight in weights.items()}
+        recipe, moving, reach = self.recipe, fixed < bits, self.reach * 2.0 ** (HIGH - bits)
+        latents = {name: Latent.of(weight, (bits,), fixed, reach) for name, weight in weights.items()}
         groups: list[dict[str, Any]] = []
         if moving:  # a linear decay to 0 sums to half the first rate a step
-            groups.append({"params": [latent.y for latent in latents.values()], "lr": 2 * self.reach / recipe.refine_steps})
+            groups.append({"params": [latent.y for latent in latents.values()], "lr": 2 * reach / recipe.refine_steps})
         own = [latent for latent in latents.values() if bits in latent.start.refits]
         if own:
             groups.append({"params": [latent.m[bits] for latent in own], "lr": READ_RATE})

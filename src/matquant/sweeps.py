@@ -8,7 +8,9 @@ With E_r = read_r(q) - W_r and G_r = E_r H_r, moving the code of column j change
 so the code chooser finds the exact minimum over all 2^c codes, and L never rises. GPTQ decides each column once, before it knows
 what later ones do; a sweep decides again with all others known. (For one width: https://arxiv.org/abs/2309.01885, QuantEase.)
 
-G is kept up to date lazily, a block of columns at a time, as in GPTQ.
+G is kept up to date lazily, a block of columns at a time, as in GPTQ. Within a block, in terms of kernels/turns.py,
+
+    start = read_r(q) - G_r / H_r,jj,   coupling_jk = H_r,jk / H_r,jj,   count_j = H_r,jj,   p_j = how far the read of column j moves
 """
 
 from dataclasses import replace
@@ -18,8 +20,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from matquant.codes import slice_codes
+from matquant.kernels.turns import Turns, in_turn
 from matquant.objective import Objective
-from matquant.threads import for_steps_of
 from matquant.weight import NestedWeight
 
 BLOCK = 64
@@ -41,7 +43,7 @@ def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"])
     """(codes after one pass over all columns in the order given, losses of every row with them)."""
     widths, chooser = objective.widths, objective.chooser
     scale, offset = affine_reads(widths, weight)
-    table, prefixes = sliced_table(widths, weight), chooser.tables(weight.codes.device)
+    table = sliced_table(widths, weight)
     codes = weight.codes.T[order].contiguous()  # [in, out]
     size = weight.codes.shape[1] // weight.scale.shape[1]
     group_of = (order // size).tolist()
@@ -54,18 +56,12 @@ def sweep(weight: NestedWeight, objective: Objective, order: Int[Tensor, " in"])
     for start in range(0, len(codes), BLOCK):
         end = min(start + BLOCK, len(codes))
         corner = torch.stack([hessian[start:end, start:end] for hessian in h])
-        moved = torch.zeros_like(read[:, start:end])
-        with for_steps_of(codes.shape[1] * chooser.candidates):
-            for j in range(start, end):
-                done, g = j - start, group_of[j]
-                slope = gradient[:, j]
-                if done:
-                    slope = slope + torch.bmm(corner[:, done : done + 1, :done], moved[:, :done])[:, 0]
-                wanted = read[:, j] - slope / power[:, j, None]
-                q = chooser.choose((wanted - offset[:, g]) / scale[:, g], counted[:, g] * power[:, j, None], prefixes, codes[j])
-                now = torch.addcmul(offset[:, g], table[:, q.int()], scale[:, g])
-                moved[:, done] = now - read[:, j]
-                codes[j] = q
+        now, own = read[:, start:end], power[:, start:end, None]
+        turns = Turns(
+            chooser, now - gradient[:, start:end] / own, corner / own, own[..., 0], torch.ones_like(own[..., 0]), scale, offset, counted,
+            table, group_of[start:end], codes[start:end], origin=now,
+        )  # fmt: skip
+        codes[start:end], moved = in_turn(turns)
         error[:, start:end] += moved
         for r, hessian in enumerate(h):  # columns passed are brought up to date too: the loss wants them
             gradient[r].addmm_(hessian[:, start:end], moved[r])

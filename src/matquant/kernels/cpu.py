@@ -56,6 +56,7 @@ def library() -> Any:
     p, n = ctypes.c_void_p, ctypes.c_int64
     loaded.mq_step.restype = ctypes.c_int
     loaded.mq_step.argtypes = [p, p, n, p, p, p, p, p, n, n, n, p, n, p, n, n, ctypes.c_char_p]
+    loaded.mq_choose_in_turn.restype, loaded.mq_choose_in_turn.argtypes = ctypes.c_int, [p, n]
     return loaded
 
 
