@@ -67,7 +67,11 @@ def test_threads_and_memory_layout_change_nothing(fixed: int) -> None:
     one = in_turn_native(turns, threads=1)
     wide = torch.zeros(len(turns.start), 50, 300)
     wide[:, 5:45] = turns.start
-    for other in (in_turn_native(turns, threads=2), in_turn_native(turns, threads=7), in_turn_native(Turns(**{**vars(turns), "start": wide[:, 5:45]}))):
+    for other in (
+        in_turn_native(turns, threads=2),
+        in_turn_native(turns, threads=7),
+        in_turn_native(Turns(**{**vars(turns), "start": wide[:, 5:45]})),
+    ):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+
 from matquant.codes import fit_grid
 from matquant.factor import Factor
 from matquant.kernels.turns import Turns, in_turn
@@ -27,7 +28,7 @@ def choose_codes(
 
     factors: in the order of `objective.widths`. Unless `static_groups`, scales are fitted anew when their group is reached.
     """
-    order, out, columns = factors[0].order, *objective.goal[0].shape
+    order, columns = factors[0].order, objective.goal[0].shape[1]
     size = columns // start.scale.shape[1]
     zero = None if start.zero is None else start.zero.clone()
     state = replace(start, scale=start.scale.clone(), zero=zero)
@@ -60,4 +61,3 @@ def choose_codes(
     back = torch.empty_like(codes)
     back[order] = codes
     return replace(state, codes=back.T.contiguous())
-

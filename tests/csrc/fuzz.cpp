@@ -1,4 +1,4 @@
-// Random weights of random shapes through every instruction set at hand, against plain loops in double precision.
+// Random weights of random shapes through every instruction set at hand, and codes chosen in turn, against plain loops in double precision.
 //
 //     fuzz ROUNDS [SEED]
 //
@@ -13,6 +13,7 @@
 
 #include "half.h"
 #include "layout.h"
+#include "turns.h"
 
 namespace {
 
@@ -124,6 +125,55 @@ int check(const char *isa) {
     return 0;
 }
 
+std::vector<float> floats(int64_t n, float least, float most) {
+    std::vector<float> f(static_cast<size_t>(n));
+    for (float &v : f) v = std::uniform_real_distribution<float>(least, most)(random_bits);
+    return f;
+}
+
+// Codes of 8 bits in turn for widths 8, 4 and 2, against the best of all codes, given those before.
+int check_turns() {
+    const int64_t streams = 3, columns = between(1, 20), rows = between(1, 140), groups = between(1, 3), fixed = 2 * between(0, 2), codes = 256;
+    const int64_t stride = (columns + between(0, 2)) * rows, shift[streams] = {4, 6, 0};  // of widths 4, 2 and 8
+    const std::vector<float> start = floats((streams - 1) * stride + columns * rows, 0, 1), coupling = floats(streams * columns * columns, -.2f, .2f);
+    const std::vector<float> count = floats(streams * columns, .5f, 2), factor = floats(streams * columns, -1, 1), weight = floats(streams * groups * rows, 0, 1);
+    const std::vector<float> offset = floats(streams * groups * rows, -.1f, .1f);
+    std::vector<float> scale = floats(streams * groups * rows, .003f, .006f), table(size_t(streams * codes)), below(2 * 16), base(16), passed(size_t(streams * columns * rows));
+    std::vector<int64_t> group(static_cast<size_t>(columns));
+    for (int64_t &g : group) g = between(0, groups - 1);
+    for (int64_t r = 0; r < streams; ++r) {
+        for (int64_t i = 0; i < groups * rows; ++i) scale[size_t(r * groups * rows + i)] *= float(1 << shift[r]);
+        for (int64_t q = 0; q < codes; ++q) table[size_t(r * codes + q)] = float(q >> shift[r]);
+    }
+    for (int64_t i = 0; i < 16; ++i) base[size_t(i)] = float(16 * i), below[size_t(i)] = float(i), below[size_t(16 + i)] = float(i >> 2);
+    const Bytes now = bytes(columns * rows, 0, 255);
+    Bytes chosen(now.size());
+    mq_turns a{};
+    a.streams = streams, a.columns = columns, a.rows = rows, a.groups = groups, a.start = start.data(), a.start_stride = stride, a.coupling = coupling.data();
+    a.count = count.data(), a.factor = factor.data(), a.scale = scale.data(), a.offset = offset.data(), a.weight = weight.data(), a.group = group.data();
+    a.table = table.data(), a.codes = codes, a.below = below.data(), a.base = base.data(), a.prefixes = 16, a.residuals = 16, a.last_counts = 1;
+    a.choices = 16 >> fixed, a.now = now.data(), a.chosen = chosen.data(), a.passed = passed.data();
+    if (mq_choose_in_turn(&a, between(1, 3))) return std::printf("turns refused\n"), 1;
+    for (int64_t j = 0; j < columns; ++j)
+        for (int64_t i = 0; i < rows; ++i) {
+            std::vector<double> cost(codes, 0);
+            for (int64_t r = 0; r < streams; ++r) {
+                double x = start[size_t(r * stride + j * rows + i)];
+                for (int64_t k = 0; k < j; ++k) x -= double(coupling[size_t((r * columns + j) * columns + k)]) * passed[size_t((r * columns + k) * rows + i)];
+                const auto at = size_t((r * groups + group[size_t(j)]) * rows + i), in = size_t(r * columns + j);
+                for (int64_t q = 0; q < codes; ++q) cost[size_t(q)] += double(weight[at]) * count[in] * std::pow((x - offset[at]) / scale[at] - double(q >> shift[r]), 2);
+                const double moved = (offset[at] + double(scale[at]) * (chosen[size_t(j * rows + i)] >> shift[r]) - x) * factor[in];
+                if (!(std::fabs(moved - passed[size_t((r * columns + j) * rows + i)]) <= 1e-4)) return std::printf("turns: passed %g\n", moved), 1;
+            }
+            const uint8_t q = chosen[size_t(j * rows + i)], held = now[size_t(j * rows + i)];
+            double least = cost[q];
+            for (int64_t other = 0; other < codes; ++other)
+                if (other >> (8 - fixed) == held >> (8 - fixed)) least = std::min(least, cost[size_t(other)]);
+            if (q >> (8 - fixed) != held >> (8 - fixed) || !(cost[q] <= least * (1 + 1e-4) + 1e-4)) return std::printf("turns: code %d at %g, best %g\n", q, cost[q], least), 1;
+        }
+    return 0;
+}
+
 }  // namespace
 
 int main(int count, char **words) {
@@ -133,6 +183,8 @@ int main(int count, char **words) {
     for (const char *isa : {"avx512", "avx2", "neon", "scalar"})
         for (int64_t i = 0; i < (mq_lanes(isa) ? rounds : 0); ++i, ++made)
             if (check(isa)) return 1;
+    for (int64_t i = 0; i < rounds / 4; ++i)
+        if (check_turns()) return 1;
     std::printf("%lld products equal, best %s\n", (long long)made, mq_best_isa());
     return made ? 0 : 1;
 }
