@@ -37,6 +37,7 @@ def choose_codes(
     upper = [factor.upper for factor in factors]
     running = torch.stack([goal.T[order] for goal in objective.goal])  # [streams, in, out]
     counted = [r < start.grid.bits or objective.chooser.parent_counts for r in objective.widths]
+    table = sliced_table(objective.widths, state)
     block = BLOCK if static_groups else size
     reads = affine_reads(objective.widths, state)
     for begin in range(0, columns, block):
@@ -52,7 +53,7 @@ def choose_codes(
         pivot = torch.diagonal(corner, dim1=1, dim2=2)  # [streams, block]
         turns = Turns(
             objective.chooser, running[:, begin:end], corner.transpose(1, 2), pivot.square().reciprocal(), -pivot.reciprocal(),
-            *reads, objective.weight[:, None] * reads[0].square(), sliced_table(objective.widths, state), groups, now[begin:end],
+            *reads, objective.weight[:, None] * reads[0].square(), table, groups, now[begin:end],
             shared=counted if feedback == "mean" else None,
         )  # fmt: skip
         codes[begin:end], errors = in_turn(turns)
