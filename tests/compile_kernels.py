@@ -10,12 +10,13 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from matquant.codes import Grid
-from matquant.kernels.gpu import jit, jit_weight
+from matquant.kernels.gpu import jit, jit_mma, jit_weight
 from matquant.kernels.gpu.launch import REPACK_ROWS
 from matquant.kernels.gpu.layout import reading
-from matquant.kernels.gpu.table import untuned
+from matquant.kernels.gpu.table import Config, untuned
 
 TARGETS = {"sm80": GPUTarget("cuda", 80, 32), "sm90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -36,9 +37,10 @@ def build(kernel: Any, target: GPUTarget, constants: dict[str, Any], options: di
             signature[name] = "*i32"
         else:
             signature[name] = POINTERS.get(name, "i32").replace("fp16", dtype if name in "xyw" else "fp16")
-    aligned = [name for name in names if signature[name].startswith("*") or name in ("out", "in_features", "rows", "row_bytes")]
+    aligned = [name for name in names if signature[name].startswith("*") or name in ("out", "in_features", "groups", "rows", "row_bytes")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if signature[name] != "constexpr"}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
 
 
@@ -54,7 +56,7 @@ def facts(compiled: Any, weights: int) -> dict[str, Any]:
     return {
         "size": len(compiled.asm["cubin"]), "weights": weights, "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s", code)),
         "wide_loads": count(r"LDG\.E\.128\S*|LDGSTS\.E\S*\.128"), "tensor_core": count(r"HGMMA\S*|HMMA\S*"), "masks": count(r"LOP3\S*"),
-        "conversions": count(r"I2F\S*"), "spilled": count(r"STL\S*"),
+        "conversions": count(r"I2F\S*"), "spilled": count(r"STL\S*"), "stored_shared": count(r"STS\S*"),
     }  # fmt: skip
 
 
@@ -77,6 +79,25 @@ def products() -> dict[str, dict[str, Any]]:
     return found
 
 
+def spelled_out() -> dict[str, dict[str, Any]]:
+    """The kernel of explicit layouts: for one row of x, copying ahead, and for 16, straight into registers."""
+    found = {}
+    for bits, dtype, name, group, config in (
+        (2, "bfloat16", "sm90", 128, Config("mma", block_n=16, block_m=8, warps=4, stages=3)),
+        (8, "float16", "sm90", 64, Config("mma", block_n=16, block_m=8, warps=2, stages=2)),
+        (3, "bfloat16", "sm80", 32, Config("mma", block_n=16, block_m=16, warps=4, stages=1)),
+    ):
+        read = {key.upper(): value for key, value in reading(bits, Grid(8, group, False, False), bits <= 3)._asdict().items()}
+        constants = read | ({} if read["FITTED"] else {"fit": None}) | {
+            "GROUP": group, "APPLY": group // 32, "PARTIAL": False, "bias": None, "BFLOAT": dtype == "bfloat16", "BLOCK_N": config.block_n,
+            "BLOCK_M": config.block_m, "W": config.warps, "STAGES": config.stages, "WHOLE": True, "ROWS": 1 if config.block_m == 8 else 16,
+            "PDL": name == "sm90",
+        }  # fmt: skip
+        kernel = build(jit_mma.mma, TARGETS[name], constants, {"num_warps": config.warps}, {"float16": "fp16", "bfloat16": "bf16"}[dtype])
+        found[f"mma-{bits}-{dtype}-{name}"] = facts(kernel, config.block_n * 512 // 32)
+    return found
+
+
 def rest() -> dict[str, dict[str, Any]]:
     """The other kernels."""
     read = {key.upper(): value for key, value in reading(8, Grid(8, 128, False, False), False)._asdict().items()}
@@ -89,4 +110,4 @@ def rest() -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(products() | rest()))
+    print(json.dumps(products() | spelled_out() | rest()))

@@ -15,7 +15,7 @@ from matquant.kernels.gpu import ops, table, tune
 from matquant.kernels.gpu.table import Config, Row
 from matquant.kernels.gpu.tune import Product
 
-H200 = Row("NVIDIA H200", "bfloat16", 2, 16, 4096, 4096, 128, Config("dot", split_k=2), 9.0)
+H200 = Row("NVIDIA H2000", "bfloat16", 2, 16, 4096, 4096, 128, Config("dot", split_k=2), 9.0)
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,10 @@ def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     table.forget()
 
 
-def chosen(batch: int = 16, out: int = 4096, in_features: int = 4096, bits: int = 2, dtype: str = "bfloat16", group: int = 128) -> Config:
-    return table._choose("NVIDIA H200", dtype, bits, table.batch_class(batch), batch, out, in_features, group)
+def chosen(
+    batch: int = 16, out: int = 4096, in_features: int = 4096, bits: int = 2, dtype: str = "bfloat16", group: int = 128, mma: bool = False
+) -> Config:
+    return table._choose("NVIDIA H2000", dtype, bits, table.batch_class(batch), batch, out, in_features, group, mma)
 
 
 def test_the_shipped_table_is_sound_and_claims_nothing_unmeasured() -> None:
@@ -39,18 +41,24 @@ def test_the_shipped_table_is_sound_and_claims_nothing_unmeasured() -> None:
 def test_without_a_measurement_a_labelled_default_is_taken() -> None:
     assert [chosen(batch).kind for batch in (1, 2, 3, 16, 17, 64, 65, 4096)] == ["gemv", "gemv", "dot", "dot", "dot", "dot", "dense", "dense"]
     assert chosen(batch=1, bits=4).kind == "gemv" and chosen(batch=1, bits=6).kind == "dot"
+    assert [chosen(batch, mma=True).kind for batch in (1, 8, 9, 16, 17, 65)] == ["mma", "mma", "mma", "mma", "dot", "dense"]
     assert table.choose(torch.device("cpu"), torch.float16, 4, 1, 64, 64, 64) == table.untuned(4, 1)
 
 
 def test_nearest_measured_product(user_table: Path) -> None:
-    wide = Row("NVIDIA H200", "bfloat16", 2, 16, 28672, 4096, 128, Config("dot", split_k=1), 20.0)
-    half = Row("NVIDIA H200", "float16", 2, 16, 28672, 4096, 128, Config("dot", split_k=8), 20.0)
-    coarse = Row("NVIDIA H200", "bfloat16", 2, 16, 28672, 4096, 4096, Config("dot", split_k=4), 20.0)
+    wide = Row("NVIDIA H2000", "bfloat16", 2, 16, 28672, 4096, 128, Config("dot", split_k=1), 20.0)
+    half = Row("NVIDIA H2000", "float16", 2, 16, 28672, 4096, 128, Config("dot", split_k=8), 20.0)
+    coarse = Row("NVIDIA H2000", "bfloat16", 2, 16, 28672, 4096, 4096, Config("dot", split_k=4), 20.0)
     table.save(user_table, [H200, wide, half, coarse])
     assert chosen() == H200.config and chosen(out=5000) == H200.config and chosen(out=20000) == wide.config
     assert chosen(out=28672, dtype="float16") == half.config and chosen(out=28672, group=2048) == coarse.config
     assert chosen(batch=9) == H200.config  # the class of 16
     assert chosen(batch=8) == table.untuned(2, 8) and chosen(bits=3) == table.untuned(3, 16)
+
+
+def test_a_kernel_that_does_not_run_is_not_chosen(user_table: Path) -> None:
+    table.save(user_table, [Row(**{**vars(H200), "config": Config("mma", block_m=16)})])
+    assert chosen(mma=True).kind == "mma" and chosen().kind == "dot"
 
 
 def test_a_table_is_extended_and_a_row_replaced(user_table: Path) -> None:
@@ -92,7 +100,7 @@ def test_configurations_are_checked() -> None:
         Config("dot", block_n=48)
     with pytest.raises(InputError, match="run is 3; allowed: powers of two"):
         Config("dot", run=3)
-    with pytest.raises(InputError, match="is no configuration; allowed: run 1, 2 or 4, split_k and stages from 1, rows from 0"):
+    with pytest.raises(InputError, match="is no configuration; allowed: run 1, 2 or 4, split_k and stages from 1, rows and registers from 0"):
         Config("dot", split_k=0)
 
 
@@ -106,6 +114,7 @@ def test_candidates(batch: int) -> None:
     kinds = {config.kind for config in found}
     assert found[0] == table.untuned(4, batch) and len(found) < 60
     assert ("gemv" in kinds) == (batch <= 8) and ("dense" in kinds) == (batch >= 32)
+    assert ("mma" in {config.kind for config in tune.candidates(Product(4, batch, 4096, 4096, 128), True)}) == (batch <= 64)
 
 
 FEW = [Config("dot", block_n=32, block_m=8, warps=2, stages=1), Config("gemv", block_n=32, block_m=2, block_k=2, warps=2, stages=1)]
@@ -113,7 +122,7 @@ FEW = [Config("dot", block_n=32, block_m=8, warps=2, stages=1), Config("gemv", b
 
 def test_tuning_keeps_the_fastest_right_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong, broken = Config("dot", block_n=16, block_m=8, warps=1, stages=1), Config("dot", block_n=16, block_m=16, warps=1, stages=1)
-    monkeypatch.setattr(tune, "candidates", lambda product: [*FEW, wrong, broken])
+    monkeypatch.setattr(tune, "candidates", lambda product, mma: [*FEW, wrong, broken])
     monkeypatch.setattr(tune, "COLD", 0)
     real, times = ops.linear, iter([5.0, 4.0])
 
@@ -130,7 +139,7 @@ def test_tuning_keeps_the_fastest_right_configuration(monkeypatch: pytest.Monkey
     row = tune.tune(Product(3, 3, 40, 160, 32, torch.float16), DEVICE, told.__setitem__)
     assert told == {FEW[0]: 5.0, FEW[1]: 4.0, wrong: None, broken: None}
     assert row == Row(table.gpu_name(DEVICE), "float16", 3, 4, 40, 160, 32, FEW[1], 4.0)
-    monkeypatch.setattr(tune, "candidates", lambda product: [wrong])
+    monkeypatch.setattr(tune, "candidates", lambda product, mma: [wrong])
     with pytest.raises(ResourceError, match="no configuration computes Product.* rightly on .*; report it, and use device cpu meanwhile"):
         tune.tune(Product(3, 3, 40, 160, -1, torch.float16), DEVICE)
 
@@ -158,7 +167,7 @@ def test_a_group_that_does_not_divide() -> None:
 
 
 def test_command(user_table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(tune, "candidates", lambda product: FEW[:1])
+    monkeypatch.setattr(tune, "candidates", lambda product, mma: FEW[:1])
     monkeypatch.setattr(tune, "COLD", 0)
     monkeypatch.setattr(tune, "ROUNDS", 1)
     common = ["tune", "--shape", "24x64", "--bits", "3", "--batch", "1,2", "--device", str(DEVICE), "--dtype", "float16", "--group-size", "32"]

@@ -2,6 +2,7 @@
 
 layout       the tiles, and planes that move to host memory and back (no Triton)
 jit          products, in Triton
+jit_mma      products with few rows, in Gluon, for NVIDIA; jit_operands has its parts
 jit_weight   planes into tiles, and tiles into the dense weight, in Triton
 launch       grids and arguments of these
 ops          torch operators

@@ -6,15 +6,19 @@ import torch
 import triton
 from torch import Tensor
 
+from matquant.errors import ResourceError
 from matquant.kernels.gpu import jit, jit_weight
-from matquant.kernels.gpu.layout import Blocking, Reading
-from matquant.kernels.gpu.table import Config
+from matquant.kernels.gpu.layout import TILE, Blocking, Reading
+from matquant.kernels.gpu.table import GLUON, Config, mma_runs
 
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 REPACK_ROWS = 32  # rows of one program
 FUSED = {"enable_fp_fusion": True}  # a product and a sum are one instruction; Triton's default is about to change
 ADD_BLOCK = 256  # outputs of one program of add_splits
 DENSE_ROWS = 64
+MMA_ROWS = 8  # of x, in one instruction
+ALIGNED = 16  # bytes of a copy
+PDL = (9, 0)  # compute capability from which a kernel may start before the last one ended
 
 
 def tile_plane(words: Tensor, upper: Tensor, lower: Tensor | None, found: Blocking) -> None:
@@ -41,6 +45,8 @@ def product(
     """x [tokens, in] W_r^T + bias by the kernel that `config` names. planes: those of the width, most significant first."""
     if config.kind == "dense":
         return _by_dense(x, planes, scale, fit, zero, bias, of, found, config)
+    if config.kind == "mma":
+        return _by_mma(x, planes, scale, fit, zero, bias, of, found, config)
     (tokens, in_features), out = x.shape, len(scale)
     splits = min(config.split_k, found.tiles)
     step = config.block_k if config.kind == "gemv" else 1
@@ -59,6 +65,40 @@ def product(
         found.tiles, per_split, **_read(of), GROUP=found.group, PADDED=found.padded, APPLY=found.apply, BLOCK_M=block_m, BLOCK_N=config.block_n,
         PARTIAL=splits > 1, STAGES=config.stages, **own, **FUSED, num_warps=config.warps,
         num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        jit.add_splits[(triton.cdiv(out, ADD_BLOCK), tokens)](into, y, bias, splits, tokens, out, BLOCK=ADD_BLOCK, **FUSED)
+    return y
+
+
+def _by_mma(
+    x: Tensor, planes: list[Tensor], scale: Tensor, fit: Tensor | None, zero: Tensor | None, bias: Tensor | None, of: Reading, found: Blocking,
+    config: Config,
+) -> Tensor:  # fmt: skip
+    """By jit_mma, which imports what only Triton for NVIDIA has."""
+    (tokens, in_features), out = x.shape, len(scale)
+    if not mma_runs(x.device, x.dtype, in_features, found.group):
+        raise ResourceError(
+            f"kernel mma needs an NVIDIA GPU of compute capability 8.0, Triton {GLUON[0]}.{GLUON[1]}, 16-bit inputs, groups of a multiple of 32 and "
+            f"a multiple of 8 input channels; got {x.device}, {x.dtype}, groups of {found.group}, {in_features} channels; use kind dot"
+        )
+    from matquant.kernels.gpu.jit_mma import mma
+
+    if x.data_ptr() % ALIGNED:
+        x = x.clone()
+    per_split = triton.cdiv(triton.cdiv(found.tiles, config.split_k), config.warps) * config.warps
+    splits = triton.cdiv(found.tiles, per_split)
+    y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
+    into = y if splits == 1 else torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
+    rows = triton.next_power_of_2(tokens)
+    block_m = max(MMA_ROWS, min(config.block_m, rows))
+    whole = in_features % TILE == 0 and found.groups % 16 == 0 and found.tiles % config.warps == 0
+    pdl = torch.cuda.get_device_capability(x.device) >= PDL
+    mma[(triton.cdiv(out, config.block_n), splits, triton.cdiv(tokens, block_m))](
+        x, into, *planes, *[None] * (5 - len(planes)), scale, fit, zero, bias if splits == 1 else None, tokens, out, in_features, found.groups,
+        found.tiles, per_split, **_read(of), GROUP=found.group, APPLY=found.apply, BLOCK_M=block_m, BLOCK_N=config.block_n, PARTIAL=splits > 1,
+        STAGES=config.stages, W=config.warps, BFLOAT=x.dtype == torch.bfloat16, ROWS=min(rows, block_m),
+        WHOLE=whole, PDL=pdl, num_warps=config.warps, launch_pdl=pdl, maxnreg=config.registers or None,
     )  # fmt: skip
     if splits > 1:
         jit.add_splits[(triton.cdiv(out, ADD_BLOCK), tokens)](into, y, bias, splits, tokens, out, BLOCK=ADD_BLOCK, **FUSED)

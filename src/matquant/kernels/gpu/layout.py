@@ -175,6 +175,8 @@ def tile(
         lower = planes[first + 1] if sets and first + 1 < len(planes) else None
         with torch.cuda.device_of(planes[0]):
             tile_plane(arrays[name], planes[first], lower, found)
+    if planes[0].is_cuda:  # jit_mma reads weights before the kernel ahead of it is done
+        torch.cuda.current_stream(planes[0].device).synchronize()
     return TiledWeight((out, in_features), grid, len(planes), arrays, scale, zero, refits)
 
 

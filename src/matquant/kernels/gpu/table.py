@@ -5,7 +5,7 @@ tuned.json holds what was measured and is shipped; a user's own file, written by
     {"gpu": "NVIDIA H200", "dtype": "bfloat16", "bits": 2, "batch": 16, "out": 8192, "in": 8192, "group": 128, "config": {...}, "us": 9.1}
 
 and a product takes the row of its GPU, bits and batch (rounded up to a power of two) whose shape is nearest, by ratios. Where there is none, it
-takes UNTUNED, which nobody has measured: choices made from the kernels' machine code alone.
+takes a default: MMA where that kernel runs, which was the best or near it wherever it was measured, else UNTUNED, which nobody has measured.
 """
 
 import json
@@ -13,6 +13,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from math import log2
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,7 +23,7 @@ import torch
 
 from matquant.errors import InputError, choices
 
-Kind = Literal["gemv", "dot", "dense"]
+Kind = Literal["gemv", "mma", "dot", "dense"]
 SHIPPED = Path(__file__).parent / "tuned.json"
 USER_VARIABLE = "MATQUANT_TUNED"
 BATCHES = tuple(2**i for i in range(10))  # classes; larger batches count as the last
@@ -31,9 +33,9 @@ BATCHES = tuple(2**i for i in range(10))  # classes; larger batches count as the
 class Config:
     """One way to compute a product.
 
-    kind: gemv (ordinary units), dot (tensor cores), dense (the weight into a scratch, then torch.mm). block_n, block_m: rows of the weight and of x
-    that one program takes. block_k: tiles that gemv takes at once. run: slots of one tl.dot (1, 2 or 4). least_m: to which dot pads the rows of x.
-    split_k: programs that share a sum. warps, stages: as Triton's. rows: of the weight in the scratch of dense; 0 = all.
+    kind: gemv (ordinary units), mma (NVIDIA's tensor cores, layouts spelled out: where `mma_runs`), dot (tensor cores), dense (the weight into a
+    scratch, then torch.mm). block_n, block_m: rows of the weight and of x that one program takes. block_k: tiles that gemv takes at once. run: slots of one tl.dot (1, 2 or 4). least_m: to which dot pads the rows of x.
+    split_k: programs that share a sum. warps, stages: as Triton's; those of mma split a sum, and its stage 1 copies nothing ahead. rows: of the weight in the scratch of dense; 0 = all.
     """
 
     kind: Kind
@@ -46,6 +48,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     rows: int = 0
+    registers: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -53,8 +56,8 @@ class Config:
         for name in ("block_n", "block_m", "block_k", "run", "least_m", "warps"):
             if (value := getattr(self, name)) < 1 or value & (value - 1):
                 raise InputError(f"{name} is {value}; allowed: powers of two")
-        if self.run > 4 or self.split_k < 1 or self.stages < 1 or self.rows < 0:
-            raise InputError(f"{self} is no configuration; allowed: run 1, 2 or 4, split_k and stages from 1, rows from 0")
+        if self.run > 4 or self.split_k < 1 or self.stages < 1 or min(self.rows, self.registers) < 0:
+            raise InputError(f"{self} is no configuration; allowed: run 1, 2 or 4, split_k and stages from 1, rows and registers from 0")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ UNTUNED: tuple[tuple[int, Config], ...] = (
     (64, Config("dot", block_n=64, block_m=64, warps=4, stages=3, split_k=2)),
 )
 UNTUNED_LARGE = Config("dense")
+MMA: tuple[tuple[int, Config], ...] = (
+    (8, Config("mma", block_n=16, block_m=8, warps=2, stages=2)),
+    (16, Config("mma", block_n=32, block_m=16, warps=4, stages=1)),
+)
+GLUON = (3, 6)  # Triton's version from which the kernel mma compiles
 
 
 def batch_class(batch: int) -> int:
@@ -106,8 +114,23 @@ def batch_class(batch: int) -> int:
     return next((size for size in BATCHES if size >= batch), BATCHES[-1])
 
 
-def untuned(bits: int, batch: int) -> Config:
-    """What is taken where nothing was measured."""
+def mma_runs(device: torch.device, dtype: torch.dtype, in_features: int, group: int) -> bool:
+    """Whether the kernel mma computes such products: on NVIDIA's GPUs, in 16 bits, groups without padding, rows of x at multiples of 16 bytes."""
+    return dtype in (torch.float16, torch.bfloat16) and group % 32 == 0 and in_features % 8 == 0 and _mma_device(device.type, device.index)
+
+
+@lru_cache(maxsize=16)
+def _mma_device(kind: str, index: int | None) -> bool:
+    if kind != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
+        return False
+    triton = tuple(int(part) for part in version("triton").split(".")[:2])
+    return triton >= GLUON and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def untuned(bits: int, batch: int, mma: bool = False) -> Config:
+    """What is taken where nothing was measured. mma: whether that kernel runs."""
+    if mma and batch <= MMA[-1][0]:
+        return next(config for most, config in MMA if batch <= most)
     if bits <= GEMV_BITS and batch <= GEMV_BATCH:
         return UNTUNED_GEMV
     return next((config for most, config in UNTUNED if batch <= most), UNTUNED_LARGE)
@@ -152,7 +175,10 @@ def _rows() -> tuple[Row, ...]:
 
 def choose(device: torch.device, dtype: torch.dtype, bits: int, batch: int, out: int, in_features: int, group: int) -> Config:
     """The configuration for a product. The same arguments give the same one until the files change and `forget` is called."""
-    return _choose(_gpu_name(device.type, device.index), str(dtype).removeprefix("torch."), bits, batch_class(batch), batch, out, in_features, group)
+    mma = mma_runs(device, dtype, in_features, group)
+    return _choose(
+        _gpu_name(device.type, device.index), str(dtype).removeprefix("torch."), bits, batch_class(batch), batch, out, in_features, group, mma
+    )
 
 
 @lru_cache(maxsize=16)
@@ -166,10 +192,10 @@ def gpu_name(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _choose(gpu: str, dtype: str, bits: int, batch: int, tokens: int, out: int, in_features: int, group: int) -> Config:
-    fitting = [row for row in _rows() if row.gpu == gpu and row.bits == bits and row.batch == batch]
+def _choose(gpu: str, dtype: str, bits: int, batch: int, tokens: int, out: int, in_features: int, group: int, mma: bool) -> Config:
+    fitting = [row for row in _rows() if row.gpu == gpu and row.bits == bits and row.batch == batch and (mma or row.config.kind != "mma")]
     if not fitting:
-        return untuned(bits, tokens)
+        return untuned(bits, tokens, mma)
     return min(fitting, key=lambda row: _distance(row, dtype, out, in_features, group)).config
 
 

@@ -17,11 +17,12 @@ from matquant.codes import Grid
 from matquant.errors import InputError, ResourceError
 from matquant.kernels.gpu import ops
 from matquant.kernels.gpu.layout import WORDS, TiledWeight, blocking, names
-from matquant.kernels.gpu.table import Config, Row, batch_class, gpu_name, untuned
+from matquant.kernels.gpu.table import Config, Row, batch_class, gpu_name, mma_runs, untuned
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}  # of the largest output
 COLD = 3  # times the L2 that the copies of a weight fill
 MOST_COPIES = 512
+MOST_MMA = 64  # rows of x for which mma is tried
 ROUNDS = 5  # replays, of which the median counts
 FEWEST = 20  # products in a graph
 CPU_L2 = 1 << 16  # a stand-in where Triton is interpreted: few copies
@@ -57,19 +58,25 @@ def random_weight(out: int, in_features: int, group: int, planes: int, device: t
     return TiledWeight((out, in_features), Grid(8, group, False, False), planes, arrays, scale, zero, {})
 
 
-def candidates(product: Product) -> Iterator[Config]:
-    """Configurations that may be the fastest for a product."""
-    yield untuned(product.bits, product.batch)
+def candidates(product: Product, mma: bool = False) -> Iterator[Config]:
+    """Configurations that may be the fastest for a product. mma: whether that kernel runs."""
+    yield untuned(product.bits, product.batch, mma)
+    if mma and product.batch <= MOST_MMA:
+        block_m = min(32, max(8, batch_class(product.batch)))
+        for block_n in (16, 32):
+            for warps in (2, 4, 8):
+                for stages in (1, 2, 3):
+                    yield Config("mma", block_n=block_n, block_m=block_m, warps=warps, stages=stages)
     tiles = blocking(product.in_features, product.in_features if product.group == -1 else product.group).tiles
     splits = [split for split in (1, 2, 4, 8) if split <= tiles]
-    if product.batch <= 8:
+    if product.batch <= 8 and not mma:  # which is twice as fast
         for block_n, block_k, warps in ((2, 8, 1), (4, 8, 1), (4, 16, 2), (8, 8, 1), (8, 4, 2)):
             for split in splits[:3]:
                 yield Config("gemv", block_n=block_n, block_m=min(product.batch, 4), block_k=block_k, warps=warps, stages=1, split_k=split)
-    if product.batch <= 256:
-        block_m = min(64, max(8, batch_class(product.batch)))
+    if 16 * mma < product.batch <= 256:  # up to 16 rows mma is ahead
+        block_m = min(128, max(8, batch_class(product.batch)))
         for block_n, warps in ((32, 2), (64, 4), (128, 4), (128, 8)):
-            for stages in (2, 4):
+            for stages in (2, 3):
                 for split in splits:
                     yield Config("dot", block_n=block_n, block_m=block_m, warps=warps, stages=stages, split_k=split)
     if product.batch >= 32:
@@ -140,7 +147,8 @@ def tune(product: Product, device: torch.device, tried: Callable[[Config, float 
     x = torch.randn(product.batch, product.in_features, generator=torch.Generator(device).manual_seed(1), device=device).to(product.dtype)
     copies = cold_copies(weight, product.bits, device)
     best: tuple[float, Config] | None = None
-    for config in dict.fromkeys(candidates(product)):
+    mma = mma_runs(device, product.dtype, product.in_features, weight.group)
+    for config in dict.fromkeys(candidates(product, mma)):
         us = _measure(x, weight, copies, product.bits, config, device)
         tried(config, us)
         if us is not None and (best is None or us < best[0]):
