@@ -35,7 +35,7 @@ def tiny_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = Config("dot", block_n=128, block_m=8, warps=4, stages=1)
     monkeypatch.setattr(table, "UNTUNED", ((1 << 20, few),))
     monkeypatch.setattr(table, "GEMV_BATCH", 0)
-    monkeypatch.setattr(tune, "candidates", lambda product: [few])
+    monkeypatch.setattr(tune, "candidates", lambda product, mma: [few])
     table.forget()
 
 

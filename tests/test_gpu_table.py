@@ -154,7 +154,7 @@ def test_an_error_of_ours_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_copies_exceed_the_cache_and_are_apart() -> None:
-    weight = tune.random_weight(64, 512, 64, 8, DEVICE)
+    weight = tune.random_weight(4096 if CUDA else 64, 512, 64, 8, DEVICE)
     copies = tune.cold_copies(weight, 4, DEVICE)
     assert sum(copy.read_bytes(4) for copy in copies) > tune.COLD * tune.l2_bytes(DEVICE)
     places = [address for copy in copies for address in copy.addresses(4)]

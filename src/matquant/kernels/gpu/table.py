@@ -175,6 +175,8 @@ def _rows() -> tuple[Row, ...]:
 
 def choose(device: torch.device, dtype: torch.dtype, bits: int, batch: int, out: int, in_features: int, group: int) -> Config:
     """The configuration for a product. The same arguments give the same one until the files change and `forget` is called."""
+    if dtype == torch.float32 and device.type == "cuda":  # tl.dot in float32 is unrolled into single products, which take minutes to compile
+        return UNTUNED_LARGE
     mma = mma_runs(device, dtype, in_features, group)
     return _choose(
         _gpu_name(device.type, device.index), str(dtype).removeprefix("torch."), bits, batch_class(batch), batch, out, in_features, group, mma
