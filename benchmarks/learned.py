@@ -1,9 +1,10 @@
 """Learned methods on a whole model, at every width, all variants of a method on the same tokens and as many of them.
 
     python benchmarks/learned.py MODEL --name WORDS --out results.json --group-size 64 --calibration FILE --train FILE --text FILE [--text FILE ...]
-        [--tokens 1000000] [--eval-samples 16] [--seq-len 512] [--seeds 0 1 2] [--only NAME ...]
+        [--tokens 1000000] [--eval-samples 16] [--seq-len 512] [--seeds 0 1 2] [--only NAME ...] [--widths 8 6 4 3 2]
 
-A run that is killed goes on where it was: what it has done lies beside --out until its rows are written.
+A run that is killed goes on where it was: what it has done lies beside --out until its rows are written. Several processes may share --out if
+each has variants, or with --widths runs of dedicated variants, of its own; which of these ends last writes the rows.
 
 Variants are the rows of VARIANTS: MatQuant on two base algorithms and what it compares with, and our post-training methods, alone and with their
 reads tuned. A variant and seed that is already in the output file is not run again. A width's baseline is a run whose parent has that width.
@@ -23,6 +24,7 @@ from peers import command
 from quality import evaluation, machine
 
 from matquant import models
+from matquant.checkpoint.files import replace_whole
 from matquant.errors import MatquantError
 from matquant.evaluate import evaluate
 from matquant.pipeline import RunOptions, quantize
@@ -31,6 +33,7 @@ from matquant.recipe import Recipe
 from matquant.working import saved_report
 
 WIDTHS = (8, 6, 4, 3, 2)
+DONE = "rows.json"  # in a run's folder, at its end
 LAMBDA = {8: 0.1, 4: 0.1, 2: 1.0}
 PAPER = {"bits": WIDTHS, "slicing": "round", "refit_bits": 0, "clip_search": False, "streams": (8,), "asymmetric_calibration": 0.0}
 OMNIQUANT = PAPER | {"method": "omniquant", "normalize": False, "relative_tokens": False}
@@ -92,7 +95,7 @@ def run(recipe: Recipe, model: str, original: Any, texts: dict[str, torch.Tensor
     folder: for the work, from which a run that was killed goes on; its seconds are then null. What is left at the end are the rows.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = folder / "rows.json"
+    done = folder / DONE
     if done.exists():
         return json.loads(done.read_text())
     out, plain, started = folder / "out", folder / "plain", time.perf_counter()
@@ -114,7 +117,7 @@ def run(recipe: Recipe, model: str, original: Any, texts: dict[str, torch.Tensor
                 numbers = {"perplexity": row.perplexity, "kl": row.kl, "top1": row.top1, "bits_per_weight": row.bits_per_weight}
                 overflow = report.overflow.get(int(row.bits or 0))
                 rows.append({"text": text, "bits": int(row.bits or 0), "tuned": tuned, **numbers, "overflow": overflow, "seconds": seconds})
-    done.write_text(json.dumps(rows))
+    replace_whole(done, json.dumps(rows).encode())
     shutil.rmtree(out)
     shutil.rmtree(plain, ignore_errors=True)
     return rows
@@ -161,6 +164,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--train-dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--forward-tokens", type=int, default=1024, help="of one forward pass of end-to-end training")
+    parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS), help="of dedicated variants, make these runs only")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another recipe setting, for all variants; may be given again"
@@ -184,27 +189,33 @@ def main() -> None:
     if result.get("setting", setting) != setting:
         sys.exit(f"{options.out} was made with other settings: {result['setting']}; choose another --out")
     result |= {"name": options.name, "setting": setting}
-    how = RunOptions(gguf_file=options.gguf_file, device=options.device)
+    how = RunOptions(gguf_file=options.gguf_file, device=options.device, forward_tokens=options.forward_tokens)
     for seed in options.seeds:
         for name in options.only:
             variant, key = VARIANTS[name], f"{name}/{seed}"
             if key in result["runs"]:
                 continue
-            rows = []
             folder = options.out.with_suffix(".work") / f"{name}-{seed}"
+            wanted = recipes(variant, common | {"seed": seed}, options.tokens)
+            places = [folder / recipe.hash[:12] for recipe in wanted]
             try:
-                for recipe in recipes(variant, common | {"seed": seed}, options.tokens):
-                    rows += run(recipe, options.model, original, texts, how, folder / recipe.hash[:12])
-                    print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-5:]], flush=True)
+                for recipe, place in zip(wanted, places, strict=True):
+                    if not variant.dedicated or recipe.parent_bits in options.widths:
+                        rows = run(recipe, options.model, original, texts, how, place)
+                        print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-5:]], flush=True)
             except MatquantError as error:
                 print(f"{key}: {error}; its work is kept in {folder}", flush=True)
                 continue
+            if not all((place / DONE).exists() for place in places):
+                continue
+            rows = [row for place in places for row in json.loads((place / DONE).read_text())]
             written = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}  # another process may have added to it
-            entry = {"words": variant.words, "command": command(), "machine": machine(), "settings": variant.settings, "rows": rows}
+            about = machine() | ({} if options.device == "cpu" else {"device": torch.cuda.get_device_name(options.device)})
+            entry = {"words": variant.words, "command": command(), "machine": about, "settings": variant.settings, "rows": rows}
             result["runs"] = {**written, key: entry}
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

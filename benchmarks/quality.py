@@ -212,10 +212,12 @@ def choose(state: dict[str, Any], originals: dict[str, Any], weights: dict[str, 
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the arguments."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    """What the numbers depend on besides the arguments. commit: "" where the sources were copied without their history."""
+    found = shutil.which("git") and subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
     versions = {name: version(name) for name in ("torch", "transformers")}
-    return {"commit": commit.stdout.strip(), "machine": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
+    return {"commit": found.stdout.strip() if found else "", "machine": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
 
 
 def arguments() -> argparse.Namespace:

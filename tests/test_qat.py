@@ -13,6 +13,7 @@ from runs import RESUME, Crash, Lines, Tiny, partial, sums
 from torch import Tensor
 
 from matquant import models, train
+from matquant import qat as method
 from matquant.checkpoint import verify
 from matquant.errors import InputError, RecipeError
 from matquant.pipeline import RunOptions, quantize
@@ -67,6 +68,7 @@ def test_interrupted_and_resumed(tiny: Tiny, qat: Recipe, tmp_path: Path, monkey
         if step == 6:
             raise Crash
 
+    monkeypatch.setattr(method, "SAVE_SECONDS", 0.0)
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(train.Fit, "_log", kill)
         quantize(str(tiny("llama")), out, taught, RunOptions())

@@ -65,6 +65,11 @@ def test_slices_of_a_batch_are_the_batch(plain: Path, tmp_path: Path) -> None:
     assert torch.allclose(torch.tensor(losses(tmp_path)), torch.tensor(losses(plain)), rtol=1e-3)
 
 
+def test_young_states_are_not_replaced(tmp_path: Path) -> None:
+    fit_of(tmp_path, replace(SCHEDULE, save_every=1, save_seconds=3600.0)).run()
+    assert not (tmp_path / "state").exists()
+
+
 def test_resumed_to_the_same_weights(plain: Path, tmp_path: Path) -> None:
     whole = fit_of(tmp_path / "whole")
     whole.run()

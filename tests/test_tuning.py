@@ -13,7 +13,7 @@ import torch
 from runs import RESUME, Crash, Lines, Tiny, crash_at, partial, sums
 from torch import Tensor
 
-from matquant import calibration, corpus, models, train
+from matquant import calibration, corpus, models, train, tuning
 from matquant.checkpoint import Checkpoint, verify
 from matquant.errors import RecipeError
 from matquant.pipeline import RunOptions, quantize
@@ -82,6 +82,7 @@ def test_interrupted_and_resumed(tiny: Tiny, tuned: Recipe, tmp_path: Path, monk
         if steps == 10:
             raise Crash
 
+    monkeypatch.setattr(tuning, "SAVE_SECONDS", 0.0)
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(train.Fit, "_log", count)
         quantize(str(tiny("llama")), out, tuned, RunOptions())

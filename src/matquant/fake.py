@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from matquant.codes import Grid, Slicing, read_rule, slice_codes, snap
+from matquant.kernels.gpu import ops
 
 
 def fake_read(
@@ -33,7 +34,7 @@ def fake_read(
     u: Float[Tensor, "out groups"] | None = None,
 ) -> Float[Tensor, "out in"]:
     """w_r in float32. zero: whole numbers; of a symmetric grid its centre. m, u: of a refit, u in parent steps."""
-    return _Read.apply(w, scale, zero, torch.ones_like(scale) if m is None else m, zero if u is None else u, bits, grid, slicing)
+    return _Read.apply(w, scale, zero, m, u, bits, grid, slicing)
 
 
 def rounded(x: Float[Tensor, "*shape"], low: int, high: int) -> Float[Tensor, "*shape"]:
@@ -48,16 +49,33 @@ def snapped(scale: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor,
 
 def _straight_through(x: Float[Tensor, "*shape"], value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`value` to the bit, with the gradient of x. The usual x + (value - x) rounds: -3.7 + 4.7 is below 1, and is stored as 0."""
-    return value.detach() + (x - x.detach())
+    return _Straight.apply(x, value.detach())
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
 
 
 class _Read(torch.autograd.Function):
-    """The formulas above. Only what the caller holds anyway is kept for the way back; the rest is made again."""
+    """The formulas above. Only what the caller holds anyway is kept for the way back; the rest is made again.
+
+    On a GPU one kernel each way: torch would launch some fifty for every layer, width and step, and these are what a step of a small model
+    would spend its time on.
+    """
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, s: Tensor, z: Tensor, m: Tensor, u: Tensor, bits: int, grid: Grid, slicing: Slicing) -> Tensor:
+    def forward(ctx: Any, w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, bits: int, grid: Grid, slicing: Slicing) -> Tensor:
         ctx.save_for_backward(w, s, z, m, u)
         ctx.rule = bits, grid, slicing
+        if (kernels := _kernels(w, s, grid)) is not None:
+            return kernels.read(w, s, z, m, u, bits, grid, slicing)
+        m, u = (torch.ones_like(s), z) if m is None or u is None else (m, u)
         level, _ = _level(w, s, z, bits, grid, slicing)
         mid = grid.max_code / 2
         return (level.mul_(m[..., None]).add_((mid - u)[..., None]).mul_(s[..., None])).reshape(w.shape)
@@ -65,6 +83,10 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         w, s, z, m, u = ctx.saved_tensors
+        if (kernels := _kernels(w, s, ctx.rule[1])) is not None:
+            return *kernels.gradients(w, s, z, m, u, grads[0], *ctx.rule), None, None, None
+        own = m is not None
+        m, u = (m, u) if own else (torch.ones_like(s), z)
         level, inside = _level(w, s, z, *ctx.rule)
         mid = ctx.rule[1].max_code / 2
         g = grads[0].reshape(level.shape)
@@ -72,7 +94,17 @@ class _Read(torch.autograd.Function):
         total, along = g.sum(-1), (g * level).sum(-1)
         dw = (stops * m[..., None]).reshape(w.shape) if ctx.needs_input_grad[0] else None
         ds = m * along + (mid - u) * total - m / s * (stops * w.reshape(level.shape)).sum(-1)
-        return dw, ds, s * m * stops.sum(-1), s * along, -s * total, None, None, None
+        dz, dm, du = s * m * stops.sum(-1), s * along, -s * total
+        return dw, ds, *((dz, dm, du) if own else (dz + du, None, None)), None, None, None
+
+
+def _kernels(w: Tensor, s: Tensor, grid: Grid) -> Any:
+    """The module of the GPU's kernels, where they can run."""
+    if w.device.type != "cuda" or grid.overlap or not ops.available(w.device):
+        return None
+    from matquant.kernels.gpu import fake
+
+    return fake if w.dtype == torch.float32 and w.numel() <= fake.LONGEST * s.numel() else None
 
 
 def _level(w: Tensor, s: Tensor, z: Tensor, bits: int, grid: Grid, slicing: Slicing) -> tuple[Tensor, Tensor]:

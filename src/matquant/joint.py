@@ -36,11 +36,15 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """What one backward pass is for: lambda_r L_r, and L_r by itself."""
+    """What one backward pass is for: lambda_r L_r, and L_r by itself, which stays where it is until somebody wants to know."""
 
     bits: int
     weighted: Float[Tensor, ""]
-    loss: float
+    value: Float[Tensor, ""]
+
+    @property
+    def loss(self) -> float:
+        return self.value.item()
 
 
 @dataclass
@@ -102,7 +106,7 @@ class Joint:
         if teacher is not None:
             parts.append(distance(logits, teacher, self.divergence, self.temperature))
         loss = torch.stack(parts).sum()
-        return Part(bits, loss * weight, loss.item())
+        return Part(bits, loss * weight, loss.detach())
 
     def _drawn(self, step: int) -> dict[str, int]:
         """A width for every layer; the same in all processes and after a resume."""

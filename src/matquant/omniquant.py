@@ -123,7 +123,7 @@ class Clipping(nn.Module):
         if start.grid.symmetric:
             low = high = torch.maximum(low, high)
             zero = torch.full_like(scale, start.grid.max_code / 2)
-        top = torch.tensor(START).sigmoid()
+        top = torch.tensor(START).sigmoid().item()
         shares = ((start.grid.max_code - zero) * scale / high, zero * scale / low)
         gamma, beta = (share.nan_to_num(1.0, 1.0).clamp(1 - top, top).logit() for share in shares)
         self.gamma, self.beta = nn.Parameter(gamma), nn.Parameter(beta)

@@ -41,7 +41,7 @@ from matquant.recipe import Recipe
 from matquant.report import Report
 from matquant.rotate import rotated
 from matquant.tables import Found, find_tables, table_tensors
-from matquant.train import Means, check_trackers
+from matquant.train import FORWARD_TOKENS, Means, check_trackers
 from matquant.tuning import Tuning, changes, tuned_files
 from matquant.working import FINISHED, check_output, claim, clean_up, only_to_clean, saved_report
 from matquant.world import ALONE, World
@@ -68,6 +68,7 @@ class RunOptions:
 
     dtype: of weights and activations while calibrating. eval_text: what to report on, instead of held-out calibration text.
     streams_on_disk: keep activations in files of the working folder. gradient_checkpointing: of end-to-end training, where it saves memory.
+    forward_tokens: of one forward pass of such a training, at most: with more a GPU is faster, and wants more memory.
     track: who follows it besides the log (train.TRACKERS), in the folder OUT.logs.
     """
 
@@ -81,6 +82,7 @@ class RunOptions:
     eval_text: Path | None = None
     streams_on_disk: bool = False
     gradient_checkpointing: bool = False
+    forward_tokens: int = FORWARD_TOKENS
     track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class RunOptions:
             torch.device(self.device)
         except RuntimeError:
             raise RecipeError(f"device is {self.device!r}; give cpu, cuda or cuda:N") from None
+        if self.forward_tokens < 1:
+            raise RecipeError(f"forward_tokens is {self.forward_tokens}; it must be at least 1")
         check_trackers(self.track)
 
 
@@ -272,7 +276,8 @@ class _Run:
     @property
     def _means(self) -> Means:
         options, tracks = self.options, self.work.with_name(self.work.name.removesuffix(".partial") + ".logs")
-        return Means(self.device, self.dtype, self.work / LOGS, tracks, options.gradient_checkpointing, options.track, self.world)
+        saving = options.gradient_checkpointing, options.forward_tokens
+        return Means(self.device, self.dtype, self.work / LOGS, tracks, *saving, options.track, self.world)
 
     def _training_text(self, train: Tensor) -> tuple[Tensor, Stream]:
         reported = 0 if self.options.eval_text is not None else self.recipe.eval_samples

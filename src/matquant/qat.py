@@ -27,7 +27,7 @@ from matquant.recipe import ORIGINAL, Recipe
 from matquant.report import LayerReport
 from matquant.train import Fit, Means, Schedule, recompute_blocks, whole
 from matquant.trainable import TrainedLinear
-from matquant.tuning import CLIP, SAVES, SLICE, OpenSource
+from matquant.tuning import CLIP, SAVE_SECONDS, SAVES, OpenSource
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Training:
         )
         batch = max(recipe.batch_tokens // recipe.seq_len, 1)
         steps = max(recipe.train_tokens // (batch * recipe.seq_len), 1)
-        schedule = Schedule(steps, batch, SLICE, round(recipe.warmup * steps), recipe.decay, CLIP, max(steps // SAVES, 1))
+        size, warmup = self.means.slice_size(recipe.seq_len), round(recipe.warmup * steps)
+        schedule = Schedule(steps, batch, size, warmup, recipe.decay, CLIP, max(steps // SAVES, 1), SAVE_SECONDS)
         weights = {"params": [layer.weight for layer in layers.values()], "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
         scales = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad and p is not layer.weight]
         groups = [weights, *([{"params": scales, "lr": recipe.finetune_rate, "weight_decay": 0.0}] if scales else [])]

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -43,6 +44,7 @@ STATE = "state"
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 BALANCED_EVERY = 50  # steps between two looks at the gradients of single widths
 KEPT = 0.5  # of the former norms at each such look
+FORWARD_TOKENS = 1024  # keep the cores of a CPU busy, and need little memory
 TRACKERS = ("tensorboard", "trackio")
 
 
@@ -50,7 +52,7 @@ TRACKERS = ("tensorboard", "trackio")
 class Schedule:
     """batch: sequences of a step, of all processes together. slice_size: sequences of one forward pass, at most. warmup: steps of linear rise.
 
-    clip: norm above which gradients are scaled down to it. save_every: steps between two states.
+    clip: norm above which gradients are scaled down to it. save_every: steps between two states; save_seconds: and seconds, at least.
     """
 
     steps: int
@@ -60,6 +62,7 @@ class Schedule:
     decay: Decay
     clip: float
     save_every: int
+    save_seconds: float = 0.0
 
     def rate(self, step: int) -> float:
         """Share of the learning rate at `step`, counted from 0."""
@@ -82,7 +85,8 @@ class Means:
     """How to train, which the result does not depend on but for rounding.
 
     dtype: of the model's weights that are not trained. recompute: make a block's activations anew in its backward pass instead of keeping
-    them. trackers: of TRACKERS, that follow the losses too; tracks: where they write. logs: where the losses go, a JSON line a step.
+    them. forward_tokens: of one forward pass, at most. trackers: of TRACKERS, that follow the losses too; tracks: where they write. logs: where
+    the losses go, a JSON line a step.
     """
 
     device: torch.device
@@ -90,8 +94,13 @@ class Means:
     logs: Path
     tracks: Path
     recompute: bool = False
+    forward_tokens: int = FORWARD_TOKENS
     trackers: tuple[str, ...] = ()
     world: World = ALONE
+
+    def slice_size(self, length: int) -> int:
+        """Sequences of `length` tokens of one forward pass."""
+        return max(self.forward_tokens // length, 1)
 
     def accelerator(self) -> Accelerator:
         """This process among those of the run."""
@@ -147,6 +156,7 @@ class Fit:
     follow: Callable[[int, int, str], None] = lambda done, of, words: None
     prepared: nn.Module = field(init=False)  # the model as accelerate wraps it
     optimizer: Any = field(init=False)
+    saved_at: float = field(init=False, default_factory=time.monotonic)
 
     def run(self) -> Trained:
         """Train to the end, or go on from the state in `folder`. Raises InputError for a stream that ends, RecipeError for a batch that does
@@ -180,8 +190,9 @@ class Fit:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self._log(step, losses, norm, self.schedule.rate(step))
-            if (step + 1) % self.schedule.save_every == 0:
+            if (step + 1) % self.schedule.save_every == 0 and self._due():
                 self._save(step + 1)
+                self.saved_at = time.monotonic()
         return Trained(self.schedule.steps, "")
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -202,10 +213,10 @@ class Fit:
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.prepared(input_ids=ids, use_cache=False).logits
 
-    def _backward(self, ids: Tensor, step: int) -> dict[int, float]:
-        """Add the gradients of a step. Returns the mean loss of every part."""
+    def _backward(self, ids: Tensor, step: int) -> dict[int, Tensor]:
+        """Add the gradients of a step. Returns the mean loss of every part; nothing waits for the device here."""
         pieces = ids.split(self.schedule.slice_size)
-        losses: dict[int, float] = {}
+        losses: dict[int, Tensor] = {}
         for number, piece in enumerate(pieces):
             parts, weight = self.joint.parts(self._forward, piece, step), len(piece) / len(ids)
             for index in range(self.joint.passes):
@@ -213,7 +224,7 @@ class Fit:
                 with nullcontext() if last else self.accelerator.no_sync(self.prepared):
                     part = next(parts)
                     self.accelerator.backward(part.weighted * weight)
-                losses[part.bits] = losses.get(part.bits, 0.0) + part.loss * weight
+                losses[part.bits] = losses.get(part.bits, 0.0) + part.value * weight
         return losses
 
     def _look(self, ids: Tensor, step: int) -> None:
@@ -225,7 +236,8 @@ class Fit:
             part = next(parts)
             self.accelerator.backward(part.weighted)
             norm = float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), math.inf))
-            found[part.bits] = norm / (part.weighted.item() / part.loss) if part.loss else norm
+            loss = part.loss
+            found[part.bits] = norm / (part.weighted.item() / loss) if loss else norm
             self.optimizer.zero_grad()
         before = self.joint.norms
         if all(math.isfinite(norm) and norm > 0 for norm in found.values()):
@@ -233,8 +245,8 @@ class Fit:
 
     # --- log and state ----------------------------------------------------------------------------------------------
 
-    def _log(self, step: int, losses: Mapping[int, float], norm: float, rate: float) -> None:
-        means = self.accelerator.reduce(torch.tensor(list(losses.values()), device=self.accelerator.device), "mean")
+    def _log(self, step: int, losses: Mapping[int, Tensor], norm: float, rate: float) -> None:
+        means = self.accelerator.reduce(torch.stack(list(losses.values())), "mean")
         values = dict(zip(map(str, losses), means.tolist(), strict=True))
         self.accelerator.log({f"loss/{bits}": value for bits, value in values.items()} | {"norm": norm, "rate": rate}, step)
         if self.accelerator.is_main_process:
@@ -242,6 +254,11 @@ class Fit:
             with self.log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         self.follow(step + 1, self.schedule.steps, "  ".join(f"{bits}: {value:.4g}" for bits, value in values.items()))
+
+    def _due(self) -> bool:
+        """Whether the last state, or the beginning, is old enough in every process."""
+        old = torch.tensor(float(time.monotonic() - self.saved_at >= self.schedule.save_seconds), device=self.accelerator.device)
+        return float(self.accelerator.reduce(old, "mean")) == 1.0
 
     def _save(self, done: int) -> None:
         """Only what is trained, and what AdamW knows of it; each process writes what it holds."""

@@ -30,10 +30,10 @@ from matquant.train import Fit, Means, Schedule, recompute_blocks, whole
 from matquant.trainable import TunedLinear, read_at
 from matquant.weight import NestedWeight
 
-SLICE = 2  # sequences of one forward pass
 WARMUP = 0.05  # of the steps
 CLIP = 1.0
-SAVES = 20  # states a training saves
+SAVES = 20  # states a training saves, at most
+SAVE_SECONDS = 60.0  # between two at least: a state is three times as large as what is trained
 
 OpenSource = Callable[[], models.Source]
 
@@ -109,7 +109,8 @@ class Tuning:
 
         batch = max(recipe.batch_tokens // recipe.seq_len, 1)
         steps = max(recipe.finetune_reads // (batch * recipe.seq_len), 1)
-        schedule = Schedule(steps, batch, SLICE, max(round(WARMUP * steps), 1), "cosine", CLIP, max(steps // SAVES, 1))
+        size = self.means.slice_size(recipe.seq_len)
+        schedule = Schedule(steps, batch, size, max(round(WARMUP * steps), 1), "cosine", CLIP, max(steps // SAVES, 1), SAVE_SECONDS)
         group = {"params": parameters, "lr": recipe.finetune_rate, "weight_decay": 0.0}
         joint = Joint(layers, {bits: 1.0}, {bits: ORIGINAL}, truth=False, original=teach)
         follow = lambda done, of, words: self.follow(f"tuning {bits} bits", done, of)  # noqa: E731

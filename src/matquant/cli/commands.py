@@ -31,6 +31,9 @@ def quantize(
     gradient_checkpointing: bool = typer.Option(
         False, "--gradient-checkpointing", help="of end-to-end training: compute activations twice instead of keeping them; saves memory"
     ),
+    forward_tokens: int = typer.Option(
+        1024, metavar="TOKENS", help="of one forward pass of end-to-end training, at most: with more a GPU is faster, and wants more memory"
+    ),
     track: list[str] = typer.Option(
         [], "--track", metavar="NAME", help="follow trainings in OUT.logs with tensorboard or trackio", show_default=False
     ),
@@ -47,7 +50,7 @@ def quantize(
     from matquant.world import World
 
     run.prepare(device, dtype)
-    saving = {"streams_on_disk": streams_on_disk, "gradient_checkpointing": gradient_checkpointing}
+    saving = {"streams_on_disk": streams_on_disk, "gradient_checkpointing": gradient_checkpointing, "forward_tokens": forward_tokens}
     options = pipeline.RunOptions(device, dtype, gguf_file, revision, trust_remote_code, resume, overwrite, eval_text, **saving, track=tuple(track))
     if dry_run:
         return show.estimate(pipeline.estimate(model, recipe, options), as_json)
