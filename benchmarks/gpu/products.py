@@ -233,24 +233,30 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     started, device = time.monotonic(), torch.device(options.device)
     ops.check(device)
     torch.manual_seed(0)
-    results = Results()
-    copy = copy_gigabytes(device)
+    results, copy = Results(), copy_gigabytes(device)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    products(options, results, started + options.seconds)
+    stored(options, results, copy, started)  # what follows needs more memory than what was
     results.decode = tokens_per_second(Shape(*options.decode), options.bits, options.group_size, getattr(torch, options.dtype), device,
                                        options.context, options.decode_tokens)  # fmt: skip
-    products(options, results, started + options.seconds)
-    reached = targets(results)
+    found = stored(options, results, copy, started)
+    if options.plot:
+        plot(results, copy, options.plot)
+    print(shown(results, found["targets"]))
+    print(*(f"left out: {words}" for words in results.left_out), sep="\n")
+    return found
+
+
+def stored(options: argparse.Namespace, results: Results, copy: float, started: float) -> dict[str, Any]:
+    """What goes into --out, written."""
+    device = torch.device(options.device)
     properties = {"gpu": table.gpu_name(device), "l2_bytes": tune.l2_bytes(device), "copy_gigabytes_per_second": copy}
     found = {
         "command": command(), "machine": {**machine(), **properties}, "interpreted": ops.interpreted(), "group_size": options.group_size,
-        "dtype": options.dtype, "rows": results.rows, "targets": reached, "published_h200": PUBLISHED, "decode": results.decode,
+        "dtype": options.dtype, "rows": results.rows, "targets": targets(results), "published_h200": PUBLISHED, "decode": results.decode,
         "left_out": results.left_out, "seconds": time.monotonic() - started,
     }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
-    if options.plot:
-        plot(results, copy, options.plot)
-    print(shown(results, reached))
-    print(*(f"left out: {words}" for words in results.left_out), sep="\n")
     return found
 
 
