@@ -4,8 +4,8 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. N
 itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
 `matquant eval --json` prints them), `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
 benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py), `speed MODEL` (speed-MODEL.json, benchmarks/speed.py), `serving MODEL`
-(serving-MODEL.json, benchmarks/serving.py), `drafts MODEL` (drafts-MODEL.json, benchmarks/drafts.py), `plans MODEL` (plans-MODEL.json, benchmarks/plans.py) or
-`learned MODEL` (learned-MODEL.json, benchmarks/learned.py).
+(serving-MODEL.json, benchmarks/serving.py), `drafts MODEL` (drafts-MODEL.json, benchmarks/drafts.py), `plans MODEL` (plans-MODEL.json, benchmarks/plans.py),
+`learned MODEL` (learned-MODEL.json, benchmarks/learned.py) or `gpu NAME` (gpu-NAME.json, benchmarks/gpu).
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 from learned import learned
-from speeds import drafts, serving, speed
+from speeds import drafts, gpu, serving, speed
 from tables import MEASURES, REPO, counts, kl_words, load, markdown, name_of, ratios, table, thousandths, variants
 
 from matquant import errors
@@ -24,7 +24,7 @@ from matquant.cli import BUG, INTERRUPTED, application
 from matquant.evaluate import Row
 from matquant.report import quality_rows
 
-FILES = ("README.md", "docs/CLI.md", "docs/RESULTS.md")
+FILES = ("README.md", "docs/CLI.md", "docs/GPU.md", "docs/RESULTS.md")
 RESULTS = REPO / "benchmarks" / "results" / "readme.json"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
 
@@ -220,6 +220,7 @@ PARTS = {
     "drafts": drafts,
     "learned": learned,
     "plans": plans,
+    "gpu": gpu,
 }
 
 

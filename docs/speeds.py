@@ -1,4 +1,4 @@
-"""Generated parts about time: quantizing, serving, drafts."""
+"""Generated parts about time: quantizing, serving, drafts, GPU kernels."""
 
 from typing import Any
 
@@ -92,3 +92,43 @@ def _packages(stored: dict[str, Any], widest: int) -> str:
     versions = dict.fromkeys(f"{name} {number}" for own in stored["machine"].get("packages", {}).values() for name, number in own.items())
     words = f" {', '.join(versions)}: heads as narrow as the layers; 32 and 16 bits are compared with ours at {widest}." if versions else ""
     return words + "".join(f" Left out: {name} ({reason})." for name, reason in stored.get("skipped", {}).items())
+
+
+def gpu(name: str) -> str:
+    """Products on a GPU: against targets and what others published, all shapes against the library's 16 bits, and decode."""
+    stored = load(name, "gpu")
+    about, rows, copy = stored["machine"], stored["rows"], stored["machine"]["copy_gigabytes_per_second"]
+    us = {(row["bits"], row["batch"], row["shape"]): row for row in rows}
+    shapes, batches = list(dict.fromkeys(row["shape"] for row in rows)), sorted({row["batch"] for row in rows})
+    widths = sorted({row["bits"] for row in rows} - {16})
+    goals = {(goal["bits"], goal["what"].split(",")[0]): goal for goal in stored["targets"]}
+    published = {kernel: {int(bits): time for bits, time in times.items()} for kernel, times in stored["published_h200"].items()}
+    first = []
+    for bits in [*widths, 16]:
+        row = us[bits, 1, shapes[0]]
+        goal = goals.get((bits, "us at batch 1"), {}).get("target")
+        share = f"{row['bytes'] / row['us'] / 1e3 / copy:.0%}" if "bytes" in row else f"{2 * _weights(shapes[0]) / row['us'] / 1e3 / copy:.0%}"
+        theirs = ", ".join(f"{kernel} {times[bits]:g}" for kernel, times in published.items() if bits in times)
+        ratio = [f"{goals[bits, what]['found']:.2f}" if (bits, what) in goals else "" for what in ("batch 16 over batch 1", "speed over dense at batch 256")]
+        first.append([str(bits), f"{row['us']:.1f}", "" if goal is None else f"{goal:g}", theirs, share, *ratio])
+    head = ["bits", "us", "target", "published for this card, us", "of a copy's bandwidth", "batch 16 over batch 1 (at most 1.3)", "speed over 16 bits at batch 256 (at least .9)"]  # fmt: skip
+    parts = [
+        f"    {stored['command']}\n\n{about['gpu']}, torch {about['versions']['torch']}, Triton {about['versions']['triton']}, {stored['dtype']}, groups of {stored['group_size']}, "
+        f"weights out of the cache; a copy moves {copy / 1e3:.2f} TB/s.\n\n{shapes[0]}, batch 1:\n\n{markdown(head, first)}"
+    ]
+    table = [
+        [shape, str(batch), *(f"{us[bits, batch, shape]['us']:.1f}" for bits in [*widths, 16])]
+        for batch in batches for shape in shapes if (16, batch, shape) in us
+    ]  # fmt: skip
+    parts.append(f"All shapes, microseconds:\n\n{markdown(['out x in', 'batch', *(str(bits) for bits in widths), '16 (cuBLAS)'], table)}")
+    speeds = {row["bits"]: row["tokens_per_second"] for row in stored["decode"]}
+    parts.append(
+        "Decode of a random model of Llama-3-8B's shape, one sequence, a CUDA graph a width, tokens/s (all but the linear layers is plain torch):\n\n"
+        + markdown([str(bits) for bits in sorted(speeds)], [[f"{speeds[bits]:.0f}" for bits in sorted(speeds)]])
+    )
+    return "\n".join(parts)
+
+
+def _weights(shape: str) -> int:
+    out, columns = (int(part) for part in shape.split("x"))
+    return out * columns

@@ -98,7 +98,7 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/CLI.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/CLI.md", "docs/GPU.md", "docs/RESULTS.md"])
 def test_generated_parts_are_up_to_date(name: str) -> None:
     text = (REPO / name).read_text()
     assert "<!-- generated:" in text

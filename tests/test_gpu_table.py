@@ -53,7 +53,10 @@ def test_nearest_measured_product(user_table: Path) -> None:
     assert chosen() == H200.config and chosen(out=5000) == H200.config and chosen(out=20000) == wide.config
     assert chosen(out=28672, dtype="float16") == half.config and chosen(out=28672, group=2048) == coarse.config
     assert chosen(batch=9) == H200.config  # the class of 16
-    assert chosen(batch=8) == table.untuned(2, 8) and chosen(bits=3) == table.untuned(3, 16)
+    assert chosen(batch=8) == chosen(batch=32) == H200.config  # a factor of two
+    assert chosen(batch=4) == table.untuned(2, 4) and chosen(bits=3) == table.untuned(3, 16)
+    table.save(user_table, [Row(**{**vars(H200), "batch": 64, "config": Config("dense")})])
+    assert chosen(batch=32).kind == "dense"  # of equals the larger
 
 
 def test_a_kernel_that_does_not_run_is_not_chosen(user_table: Path) -> None:

@@ -4,8 +4,9 @@ tuned.json holds what was measured and is shipped; a user's own file, written by
 
     {"gpu": "NVIDIA H200", "dtype": "bfloat16", "bits": 2, "batch": 16, "out": 8192, "in": 8192, "group": 128, "config": {...}, "us": 9.1}
 
-and a product takes the row of its GPU, bits and batch (rounded up to a power of two) whose shape is nearest, by ratios. Where there is none, it
-takes a default: MMA where that kernel runs, which was the best or near it wherever it was measured, else UNTUNED, which nobody has measured.
+and a product takes the row of its GPU and bits, of the nearest batch (rounded up to a power of two; at most a factor of two away, of equals the larger)
+and of the nearest shape, by ratios. Where there is none, it takes a default: MMA where that kernel runs, the best of the H200 over all widths, else
+UNTUNED, which nobody has measured.
 """
 
 import json
@@ -103,7 +104,7 @@ UNTUNED: tuple[tuple[int, Config], ...] = (
 )
 UNTUNED_LARGE = Config("dense")
 MMA: tuple[tuple[int, Config], ...] = (
-    (8, Config("mma", block_n=16, block_m=8, warps=2, stages=2)),
+    (8, Config("mma", block_n=16, block_m=8, warps=4, stages=1, registers=128)),
     (16, Config("mma", block_n=32, block_m=16, warps=4, stages=1)),
 )
 GLUON = (3, 6)  # Triton's version from which the kernel mma compiles
@@ -195,13 +196,15 @@ def gpu_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=4096)
 def _choose(gpu: str, dtype: str, bits: int, batch: int, tokens: int, out: int, in_features: int, group: int, mma: bool) -> Config:
-    fitting = [row for row in _rows() if row.gpu == gpu and row.bits == bits and row.batch == batch and (mma or row.config.kind != "mma")]
-    if not fitting:
+    fitting = [row for row in _rows() if row.gpu == gpu and row.bits == bits and (mma or row.config.kind != "mma")]
+    nearest = min((row.batch for row in fitting), key=lambda size: (abs(log2(size / batch)), -size), default=0)
+    if not batch / 2 <= nearest <= 2 * batch:
         return untuned(bits, tokens, mma)
+    fitting = [row for row in fitting if row.batch == nearest]
     return min(fitting, key=lambda row: _distance(row, dtype, out, in_features, group)).config
 
 
 def _distance(row: Row, dtype: str, out: int, in_features: int, group: int) -> tuple[float, float, bool]:
-    """How far a product is from a measured one: shape first, then group, then type; the first of equals is the user's."""
-    shape = abs(log2(out / row.out)) + abs(log2(in_features / row.in_features))
+    """How far a product is from a measured one: shape first, its rows twice (they are the programs), then group, then type; the first of equals is the user's."""
+    shape = 2 * abs(log2(out / row.out)) + abs(log2(in_features / row.in_features))
     return shape, abs(log2(group / row.group)), dtype != row.dtype
