@@ -109,7 +109,10 @@ def gpu(name: str) -> str:
         goal = goals.get((bits, "us at batch 1"), {}).get("target")
         share = f"{row['bytes'] / row['us'] / 1e3 / copy:.0%}" if "bytes" in row else f"{2 * _weights(shapes[0]) / row['us'] / 1e3 / copy:.0%}"
         theirs = ", ".join(f"{kernel} {times[bits]:g}" for kernel, times in published.items() if bits in times)
-        ratio = [f"{goals[bits, what]['found']:.2f}" if (bits, what) in goals else "" for what in ("batch 16 over batch 1", "speed over dense at batch 256")]
+        ratio = [
+            f"{goals[bits, what]['found']:.2f}" if (bits, what) in goals else ""
+            for what in ("batch 16 over batch 1", "speed over dense at batch 256")
+        ]
         first.append([str(bits), f"{row['us']:.1f}", "" if goal is None else f"{goal:g}", theirs, share, *ratio])
     head = ["bits", "us", "target", "published for this card, us", "of a copy's bandwidth", "batch 16 over batch 1 (at most 1.3)", "speed over 16 bits at batch 256 (at least .9)"]  # fmt: skip
     parts = [
