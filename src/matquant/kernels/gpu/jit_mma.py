@@ -33,7 +33,7 @@ from matquant.kernels.gpu.jit_operands import (
     weights,
 )  # fmt: skip
 
-_copy = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)  # its name before Triton 3.7
+_copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared  # its name up to Triton 3.6
 RUN = gl.constexpr(4)  # slots of one product, at most
 
 

@@ -125,7 +125,13 @@ def _mma_device(kind: str, index: int | None) -> bool:
     if kind != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
     triton = tuple(int(part) for part in version("triton").split(".")[:2])
-    return triton >= GLUON and torch.cuda.get_device_capability(index) >= (8, 0)
+    if triton < GLUON or torch.cuda.get_device_capability(index) < (8, 0):
+        return False
+    try:
+        import matquant.kernels.gpu.jit_mma  # noqa: F401
+    except (ImportError, AttributeError):  # Gluon is young: a later one may name things otherwise
+        return False
+    return True
 
 
 def untuned(bits: int, batch: int, mma: bool = False) -> Config:
