@@ -229,21 +229,22 @@ FULL = Recipe(group_size=8)
 
 
 def test_stages_are_the_losses_on_the_way_and_never_rise() -> None:
+    recipe = replace(FULL, targets={8: 0.06, 6: 0.05, 4: 0.25, 3: 0.5, 2: 1.0})  # how much a stage gains depends on these
     w, _ = problem(out=24, columns=32, seed=14)
-    inputs = one_each(32, FULL, seed=14)
-    chosen = methods.load("gptq")(w, inputs, FULL)
+    inputs = one_each(32, recipe, seed=14)
+    chosen = methods.load("gptq")(w, inputs, recipe)
     assert {name: list(stage) for name, stage in chosen.stages.items()} == {
         **{name: [4, 3, 2, 8] for name in ("gptq", "refit", "sweeps")},
         "residual": [4, 3, 2, 8, 6],
     }
-    objective, _ = prepared(w, inputs, FULL)
+    objective, _ = prepared(w, inputs, recipe)
     rows = dict(zip(objective.widths, objective.weight.double(), strict=True))
     value = {name: sum(rows[r] * stage[r] for r in (8, 4, 3, 2)) for name, stage in chosen.stages.items()}
     assert (value["refit"] <= value["gptq"] * (1 + 1e-5)).all() and (value["sweeps"] <= value["refit"] * (1 + 1e-5)).all()
-    assert value["sweeps"].sum() < 0.97 * value["refit"].sum() and value["refit"].sum() < 0.95 * value["gptq"].sum()
+    assert value["sweeps"].sum() < 0.95 * value["refit"].sum() < 0.9 * value["gptq"].sum()
     assert all(torch.equal(chosen.stages["residual"][r], chosen.stages["sweeps"][r]) for r in (4, 3, 2))
-    for r in FULL.targets:
-        loss = slow_loss(w, chosen.weight.read(r).dense(), damped(inputs.h[FULL.stream_of(r)], FULL))
+    for r in recipe.targets:
+        loss = slow_loss(w, chosen.weight.read(r).dense(), damped(inputs.h[recipe.stream_of(r)], recipe))
         torch.testing.assert_close(chosen.stages["residual"][r], loss, rtol=1e-3, atol=1e-9)
 
 

@@ -15,6 +15,7 @@ from matquant.kernels.gpu import ops, table, tune
 from matquant.kernels.gpu.table import Config, Row
 from matquant.kernels.gpu.tune import Product
 
+# No such card: of those that there are, the shipped table may know better.
 H200 = Row("NVIDIA H2000", "bfloat16", 2, 16, 4096, 4096, 128, Config("dot", split_k=2), 9.0)
 
 

@@ -58,7 +58,6 @@ def test_every_width_and_group(bits: int, shape: int) -> None:
         dtype = (torch.float16, torch.bfloat16)[(bits + index) % 2]
         x = some_inputs(rows, columns, dtype)
         bias = some_inputs(1, len(weight.codes), dtype, seed=1)[0] if (bits + index) % 3 else None
-        got = torch.full((rows, len(weight.codes)), torch.nan, dtype=dtype, device=DEVICE)
         got = ops.linear(x, tiled, bits, bias, config)
         assert got.dtype == dtype and close(got, x, weight, bits, bias), (config, rows, dtype)
 

@@ -166,19 +166,32 @@ def _low_floats(fourth0, fourth1, sixth0, sixth1, S: tl.constexpr, BITS: tl.cons
 
 @triton.jit
 @no_type_check
-def _affine(scale, fit, zero, at, mask, STEP: tl.constexpr, SHIFT: tl.constexpr, MIDDLE: tl.constexpr, UNIT: tl.constexpr, FITTED: tl.constexpr):
-    """(scale, offset) of groups, as codes.read_affine and codes.refit_affine. UNIT: of u, in parent steps. MIDDLE: of the range if FITTED, else of the grid."""
-    s = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32)
+def _read_of(s, m, z, FITTED: tl.constexpr, ZERO: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, MIDDLE: tl.constexpr, UNIT: tl.constexpr,
+             ONES: tl.constexpr):  # fmt: skip
+    """(scale, offset less ONES steps) from what is stored, as codes.read_affine and codes.refit_affine. m, z: k and u of a refit if FITTED, else
+    z is the zero, or nothing without ZERO. UNIT: of u, in parent steps. MIDDLE: of the range if FITTED, else of the grid."""
+    s = s.to(tl.float32)
     if FITTED:
-        m = tl.load(fit + at, mask=mask, other=0).to(tl.float32) * 0.0078125
-        u = tl.load(zero + at, mask=mask, other=0).to(tl.float32)
-        read = s * (m * STEP), s * (m * (SHIFT - MIDDLE) + MIDDLE - u * UNIT)
-    elif zero is not None:
-        z = tl.load(zero + at, mask=mask, other=0).to(tl.float32)
-        read = s * STEP, s * (SHIFT - z)
+        m = m.to(tl.float32) * 0.0078125
+        read = s * (m * STEP), s * (m * (SHIFT - MIDDLE - STEP * ONES) + (MIDDLE - z.to(tl.float32) * UNIT))
+    elif ZERO:
+        read = s * STEP, s * (SHIFT - STEP * ONES - z.to(tl.float32))
     else:
-        read = s * STEP, s * (SHIFT - MIDDLE)
+        read = s * STEP, s * (SHIFT - STEP * ONES - MIDDLE)
     return read
+
+
+@triton.jit
+@no_type_check
+def _affine(scale, fit, zero, at, mask, STEP: tl.constexpr, SHIFT: tl.constexpr, MIDDLE: tl.constexpr, UNIT: tl.constexpr, FITTED: tl.constexpr):
+    """(scale, offset) of groups."""
+    s = tl.load(scale + at, mask=mask, other=0.0)
+    m, z = s, s
+    if FITTED:
+        m = tl.load(fit + at, mask=mask, other=0)
+    if zero is not None:
+        z = tl.load(zero + at, mask=mask, other=0)
+    return _read_of(s, m, z, FITTED, zero is not None, STEP, SHIFT, MIDDLE, UNIT, 0)
 
 
 @triton.jit

@@ -19,9 +19,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from matquant.kernels.gpu.jit import SLOT, SLOTS, TILE, WORDS
+from matquant.kernels.gpu.jit import SLOT, SLOTS, TILE, WORDS, _load_tile, _read_of
 from matquant.kernels.gpu.jit_operands import (
-    affine,
     copy_layout,
     groups_at,
     inputs_layout,
@@ -101,33 +100,6 @@ def _take_words(buffers, stage, BITS: gl.constexpr, W: gl.constexpr):
 
 @gluon.jit
 @no_type_check
-def _load(pointer, here):
-    return gl.load(pointer, mask=here, other=0).to(gl.uint32, bitcast=True)
-
-
-@gluon.jit
-@no_type_check
-def _load_words(pointers, step, here, BITS: gl.constexpr):
-    """The same from global memory."""
-    pair, second, third, fourth, sixth = pointers
-    pair += step * (2 * WORDS)
-    a, b = _load(pair, here), _load(pair + WORDS, here)
-    c, d, e, f, g, h = a, a, a, a, a, a
-    if BITS > 2:
-        c = _load(second + step * WORDS, here)
-    if BITS > 3:
-        d = _load(third + step * WORDS, here)
-    if BITS > 4:
-        fourth += step * (2 * WORDS)
-        e, f = _load(fourth, here), _load(fourth + WORDS, here)
-    if BITS > 6:
-        sixth += step * (2 * WORDS)
-        g, h = _load(sixth, here), _load(sixth + WORDS, here)
-    return a, b, c, d, e, f, g, h
-
-
-@gluon.jit
-@no_type_check
 def _right(inputs, RUNS: gl.constexpr, W: gl.constexpr, M: gl.constexpr, ROWS: gl.constexpr):
     """[W, 32 RUNS, ROWS] as the right operand [W, 32 RUNS, M], its columns in the order of `weights`, its rows repeated."""
     if ROWS < M:
@@ -142,8 +114,11 @@ def _right(inputs, RUNS: gl.constexpr, W: gl.constexpr, M: gl.constexpr, ROWS: g
 
 @gluon.jit
 @no_type_check
-def _tile(acc, words, scales, offsets, source, column, in_features, ones, SHARED: gl.constexpr, WHOLE: gl.constexpr, BITS: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr,
-          APPLY: gl.constexpr, W: gl.constexpr, N: gl.constexpr, M: gl.constexpr, ROWS: gl.constexpr, BFLOAT: gl.constexpr):  # fmt: skip
+def _tile(
+    acc, words, scales, offsets, source, column, in_features, ones, SHARED: gl.constexpr, WHOLE: gl.constexpr, BITS: gl.constexpr,
+    HIGH: gl.constexpr, LOW: gl.constexpr, APPLY: gl.constexpr, W: gl.constexpr, N: gl.constexpr, M: gl.constexpr, ROWS: gl.constexpr,
+    BFLOAT: gl.constexpr,
+):  # fmt: skip
     """acc [W, N, M] and a tile's products. source: of inputs, [W, 512, ROWS] in shared memory or pointers [W, 32 RUNS, M] to its first columns.
     column: of these."""
     a0, a1, a2, a3, b0, b1, b2, b3 = words
@@ -221,25 +196,37 @@ def _scales_buffers(
 
 @gluon.jit
 @no_type_check
+def _scale_of(buffer, array, at, stage, layout: gl.constexpr, SHARED: gl.constexpr):
+    if SHARED:
+        found = buffer.index(stage).load(layout)
+    else:
+        found = gl.load(array + at)
+    return found
+
+
+@gluon.jit
+@no_type_check
 def _take_scales(buffers, scale, fit, zero, at, stage, layout: gl.constexpr, FITTED: gl.constexpr, SHARED: gl.constexpr):
     """(scale, fit, zero) as stored; what is not there repeats the scale."""
     s_buffer, f_buffer, z_buffer = buffers
-    if SHARED:
-        s = s_buffer.index(stage).load(layout)
-    else:
-        s = gl.load(scale + at)
+    s = _scale_of(s_buffer, scale, at, stage, layout, SHARED)
     f, z = s, s
     if FITTED:
-        if SHARED:
-            f = f_buffer.index(stage).load(layout)
-        else:
-            f = gl.load(fit + at)
+        f = _scale_of(f_buffer, fit, at, stage, layout, SHARED)
     if zero is not None:
-        if SHARED:
-            z = z_buffer.index(stage).load(layout)
-        else:
-            z = gl.load(zero + at)
+        z = _scale_of(z_buffer, zero, at, stage, layout, SHARED)
     return s, f, z
+
+
+@gluon.jit
+@no_type_check
+def _indices(out, W: gl.constexpr, N: gl.constexpr, UNITS: gl.constexpr):
+    """(warps of planes; rows, warps, units of scales), of a program."""
+    units: gl.constexpr = units_layout(W, N, UNITS)
+    k_p = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, planes_layout(W))))[:, None, None]
+    n_s = gl.minimum(gl.program_id(0) * N + gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(2, units))), out - 1)[None, :, None]
+    k_s = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, units)))[:, None, None]
+    return k_p, n_s, k_s, gl.arange(0, UNITS, layout=gl.SliceLayout(0, gl.SliceLayout(1, units)))[None, None, :]
 
 
 @gluon.jit
@@ -255,10 +242,7 @@ def _copied(
     SCALES: gl.constexpr = UNITS >= 4 and TILE % GROUP == 0 and WHOLE  # copies are of 4 bytes or more
     units: gl.constexpr = units_layout(W, N, UNITS)
     copying: gl.constexpr = copy_layout(W)
-    k_p = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, planes_layout(W))))[:, None, None]
-    n_s = gl.minimum(gl.program_id(0) * N + gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(2, units))), out - 1)[None, :, None]
-    k_s = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, units)))[:, None, None]
-    u_s = gl.arange(0, UNITS, layout=gl.SliceLayout(0, gl.SliceLayout(1, units)))[None, None, :]
+    k_p, n_s, k_s, u_s = _indices(out, W, N, UNITS)
     k_x = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, copying)))[:, None, None]
     c_x = gl.arange(0, TILE, layout=gl.SliceLayout(0, gl.SliceLayout(1, copying)))[None, None, :]
     m_x = gl.minimum(gl.program_id(2) * M + gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, copying))), tokens - 1)[None, :, None]
@@ -295,7 +279,7 @@ def _copied(
             _issue_scales(s_buffers, scale, fit, zero, at, free, FITTED)
         _copy(x_buffer.index(free), x + (step - start) * TILE, mask=(step + k_x) * TILE + c_x < in_features)
         async_copy.commit_group()
-        scales, offsets = affine(s, f, z, FITTED, zero is not None, STEP, SHIFT, MIDDLE, UNIT, HIGH + LOW)
+        scales, offsets = _read_of(s, f, z, FITTED, zero is not None, STEP, SHIFT, MIDDLE, UNIT, HIGH + LOW)
         inputs = x_buffer.index(stage).permute([0, 2, 1])
         acc = _tile(acc, words, scales, offsets, inputs, 0, in_features, ones, True, WHOLE, BITS, HIGH, LOW, APPLY, W, N, M, ROWS, BFLOAT)
         stage = (stage + 1) % STAGES
@@ -314,25 +298,24 @@ def _straight(
     UNITS: gl.constexpr = SLOTS // APPLY
     units: gl.constexpr = units_layout(W, N, UNITS)
     rows: gl.constexpr = gl.SliceLayout(2, inputs_layout(W, M))
-    k_p = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, planes_layout(W))))[:, None, None]
-    n_s = gl.minimum(gl.program_id(0) * N + gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(2, units))), out - 1)[None, :, None]
-    k_s = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, units)))[:, None, None]
-    u_s = gl.arange(0, UNITS, layout=gl.SliceLayout(0, gl.SliceLayout(1, units)))[None, None, :]
+    k_p, n_s, k_s, u_s = _indices(out, W, N, UNITS)
     k_x = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, rows)))[:, None, None]
     c_x = gl.arange(0, min(RUN, APPLY) * SLOT, layout=gl.SliceLayout(0, gl.SliceLayout(2, rows)))[None, :, None]
     m_x = gl.minimum(gl.program_id(2) * M + gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(1, rows))), tokens - 1)[None, None, :]
     acc = gl.zeros([W, N, M], gl.float32, layout=mma_layout(W))
     ones = gl.full([W, N, min(RUN, APPLY) * SLOT], 1.0, x.dtype.element_ty, layout=gl.DotOperandLayout(0, mma_layout(W), 2))
-    words = _load_words(pointers, 0, start + k_p < last, BITS)
+    pair, second, third, fourth, sixth = pointers
+    words = _load_tile(pair, second, third, fourth, sixth, 0, 0, start + k_p < last, BITS)
     x += m_x * in_features + (_after(start, PDL) + k_x) * TILE + c_x
     for first in range(start, last, W):
         at = groups_at(n_s, first + k_s, u_s, groups, tiles, GROUP, APPLY, WHOLE)
         s, f, z = _take_scales((scale, scale, scale), scale, fit, zero, at, 0, units, FITTED, False)
-        scales, offsets = affine(s, f, z, FITTED, zero is not None, STEP, SHIFT, MIDDLE, UNIT, HIGH + LOW)
+        scales, offsets = _read_of(s, f, z, FITTED, zero is not None, STEP, SHIFT, MIDDLE, UNIT, HIGH + LOW)
         acc = _tile(
             acc, words, scales, offsets, x, (first + k_x) * TILE + c_x, in_features, ones, False, WHOLE, BITS, HIGH, LOW, APPLY, W, N, M, M, BFLOAT
         )
-        words = _load_words(pointers, first + W - start, first + W + k_p < last, BITS)
+        at, here = (first + W - start) * WORDS, first + W + k_p < last
+        words = _load_tile(pair, second, third, fourth, sixth, at, 2 * at, here, BITS)
         x += W * TILE
     return acc
 

@@ -57,22 +57,26 @@ def rows_shared(RUNS, ROWS):
 # --- weights --------------------------------------------------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def _move(BITS, FIELD, MANTISSA):
+    """By how much field FIELD of BITS bits goes to the left, to be the first of a mantissa."""
+    return MANTISSA - BITS - BITS * FIELD
+
+
+@triton.constexpr_function
+def _mask(BITS, MANTISSA):
+    """One instruction, (a and mask) or exponents of 1 (compilers make two of it), for the two halves of a word."""
+    mask, ones = ((1 << BITS) - 1) << (MANTISSA - BITS), (1 << (14 - MANTISSA)) - 1 << MANTISSA
+    return f"lop3.b32 $0, $1, 0x{mask:04x}{mask:04x}, 0x{ones:04x}{ones:04x}, 0xea;"
+
+
 @gluon.jit
 @no_type_check
-def _numbers(word, FIELD: gl.constexpr, PAIRS: gl.constexpr, BFLOAT: gl.constexpr):
-    """jit._ones and jit._ones_of_pairs, as [..., 2]. One instruction masks and sets the exponent; compilers make two of it."""
-    if PAIRS and BFLOAT:
-        moved = _shift(word, 5 - 2 * FIELD)
-        both = gl.inline_asm_elementwise("lop3.b32 $0, $1, 0x00600060, 0x3f803f80, 0xea;", "=r,r", [moved], dtype=gl.uint32, is_pure=True, pack=1)
-    elif PAIRS:
-        moved = _shift(word, 8 - 2 * FIELD)
-        both = gl.inline_asm_elementwise("lop3.b32 $0, $1, 0x03000300, 0x3c003c00, 0xea;", "=r,r", [moved], dtype=gl.uint32, is_pure=True, pack=1)
-    elif BFLOAT:
-        moved = _shift(word, 3 - 4 * FIELD)
-        both = gl.inline_asm_elementwise("lop3.b32 $0, $1, 0x00780078, 0x3f803f80, 0xea;", "=r,r", [moved], dtype=gl.uint32, is_pure=True, pack=1)
-    else:
-        moved = _shift(word, 6 - 4 * FIELD)
-        both = gl.inline_asm_elementwise("lop3.b32 $0, $1, 0x03c003c0, 0x3c003c00, 0xea;", "=r,r", [moved], dtype=gl.uint32, is_pure=True, pack=1)
+def _numbers(word, FIELD: gl.constexpr, BITS: gl.constexpr, BFLOAT: gl.constexpr):
+    """jit._ones (BITS 4) and jit._ones_of_pairs (2), as [..., 2]."""
+    MANTISSA: gl.constexpr = 7 if BFLOAT else 10
+    moved = _shift(word, _move(BITS, FIELD, MANTISSA))
+    both = gl.inline_asm_elementwise(_mask(BITS, MANTISSA), "=r,r", [moved], dtype=gl.uint32, is_pure=True, pack=1)
     dtype: gl.constexpr = gl.bfloat16 if BFLOAT else gl.float16
     return gl.join(both.to(gl.uint16).to(dtype, bitcast=True), (both >> 16).to(gl.uint16).to(dtype, bitcast=True))
 
@@ -82,11 +86,11 @@ def _numbers(word, FIELD: gl.constexpr, PAIRS: gl.constexpr, BFLOAT: gl.constexp
 def _slot(a, b, c, d, LOW: gl.constexpr, S: gl.constexpr, BITS: gl.constexpr, BFLOAT: gl.constexpr):
     """Slot S [W, N, 16, 2]. a, b, c, d: high nibbles' pair sets, second, third; or low nibbles' fourth and sixth, two sets each."""
     if LOW:
-        numbers = _numbers(_low(a if S < 8 else b, c if S < 8 else d, S // 4, BITS), S % 4, False, BFLOAT)
+        numbers = _numbers(_low(a if S < 8 else b, c if S < 8 else d, S // 4, BITS), S % 4, 4, BFLOAT)
     elif BITS == 2:
-        numbers = _numbers(a if S < 8 else b, 2 * (S % 4) + S // 4 % 2, True, BFLOAT)
+        numbers = _numbers(a if S < 8 else b, 2 * (S % 4) + S // 4 % 2, 2, BFLOAT)
     else:
-        numbers = _numbers(_high(a if S < 8 else b, c, d, S // 4, BITS), S % 4, False, BFLOAT)
+        numbers = _numbers(_high(a if S < 8 else b, c, d, S // 4, BITS), S % 4, 4, BFLOAT)
     return numbers
 
 
@@ -124,22 +128,6 @@ def groups_at(n, tile, unit, groups, tiles, GROUP: gl.constexpr, APPLY: gl.const
     if not WHOLE:
         group = gl.minimum(group, groups - 1)
     return n * groups + group
-
-
-@gluon.jit
-@no_type_check
-def affine(s, f, z, FITTED: gl.constexpr, ZERO: gl.constexpr, STEP: gl.constexpr, SHIFT: gl.constexpr, MIDDLE: gl.constexpr, UNIT: gl.constexpr,
-            ONES: gl.constexpr):  # fmt: skip
-    """(scale, offset less what the ones of the numbers count), as jit._affine."""
-    s = s.to(gl.float32)
-    if FITTED:
-        m = f.to(gl.float32) * 0.0078125
-        read = s * (m * STEP), s * (m * (SHIFT - MIDDLE - STEP * ONES) + (MIDDLE - z.to(gl.float32) * UNIT))
-    elif ZERO:
-        read = s * STEP, s * (SHIFT - STEP * ONES - z.to(gl.float32))
-    else:
-        read = s * STEP, s * (SHIFT - STEP * ONES - MIDDLE)
-    return read
 
 
 @gluon.jit

@@ -45,38 +45,32 @@ def product(
     """x [tokens, in] W_r^T + bias by the kernel that `config` names. planes: those of the width, most significant first."""
     if config.kind == "dense":
         return _by_dense(x, planes, scale, fit, zero, bias, of, found, config)
-    if config.kind == "mma":
-        return _by_mma(x, planes, scale, fit, zero, bias, of, found, config)
     (tokens, in_features), out = x.shape, len(scale)
-    splits = min(config.split_k, found.tiles)
-    step = config.block_k if config.kind == "gemv" else 1
-    per_split = triton.cdiv(triton.cdiv(found.tiles, splits), step) * step
+    rows = triton.next_power_of_2(tokens)
+    step, least_m = {"gemv": (config.block_k, 1), "mma": (config.warps, MMA_ROWS), "dot": (1, config.least_m)}[config.kind]
+    block_m = max(least_m, min(config.block_m, rows))
+    if config.kind == "mma":
+        x, kernel, own = _mma(x, found, config, min(rows, block_m))
+    else:
+        kernel, blocks = (jit.gemv, {"BLOCK_K": config.block_k}) if config.kind == "gemv" else (jit.dot, {"KIND": KINDS[x.dtype], "RUN": min(found.apply, config.run)})  # fmt: skip
+        own = {"PADDED": found.padded, **blocks, **FUSED, "num_stages": config.stages}
+    per_split = triton.cdiv(triton.cdiv(found.tiles, min(config.split_k, found.tiles)), step) * step
     splits = triton.cdiv(found.tiles, per_split)
     y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
     into = y if splits == 1 else torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
-    block_m = min(config.block_m, triton.next_power_of_2(tokens))
-    own: dict[str, Any] = {"BLOCK_K": config.block_k} if config.kind == "gemv" else {"KIND": KINDS[x.dtype], "RUN": min(found.apply, config.run)}
-    kernel = jit.gemv if config.kind == "gemv" else jit.dot
-    if config.kind == "dot":
-        block_m = max(block_m, config.least_m)
-    grid = (triton.cdiv(out, config.block_n), splits, triton.cdiv(tokens, block_m))
-    kernel[grid](
+    kernel[(triton.cdiv(out, config.block_n), splits, triton.cdiv(tokens, block_m))](
         x, into, *planes, *[None] * (5 - len(planes)), scale, fit, zero, bias if splits == 1 else None, tokens, out, in_features, found.groups,
-        found.tiles, per_split, **_read(of), GROUP=found.group, PADDED=found.padded, APPLY=found.apply, BLOCK_M=block_m, BLOCK_N=config.block_n,
-        PARTIAL=splits > 1, STAGES=config.stages, **own, **FUSED, num_warps=config.warps,
-        num_stages=config.stages,
+        found.tiles, per_split, **_read(of), GROUP=found.group, APPLY=found.apply, BLOCK_M=block_m, BLOCK_N=config.block_n, PARTIAL=splits > 1,
+        STAGES=config.stages, **own, num_warps=config.warps,
     )  # fmt: skip
     if splits > 1:
         jit.add_splits[(triton.cdiv(out, ADD_BLOCK), tokens)](into, y, bias, splits, tokens, out, BLOCK=ADD_BLOCK, **FUSED)
     return y
 
 
-def _by_mma(
-    x: Tensor, planes: list[Tensor], scale: Tensor, fit: Tensor | None, zero: Tensor | None, bias: Tensor | None, of: Reading, found: Blocking,
-    config: Config,
-) -> Tensor:  # fmt: skip
-    """By jit_mma, which imports what only Triton for NVIDIA has."""
-    (tokens, in_features), out = x.shape, len(scale)
+def _mma(x: Tensor, found: Blocking, config: Config, rows: int) -> tuple[Tensor, Any, dict[str, Any]]:
+    """(x where copies can begin, the kernel, what it alone takes). It imports what only Triton for NVIDIA has. rows: of x in a program."""
+    in_features = x.shape[1]
     if not mma_runs(x.device, x.dtype, in_features, found.group):
         raise ResourceError(
             f"kernel mma needs an NVIDIA GPU of compute capability 8.0, Triton {GLUON[0]}.{GLUON[1]}, 16-bit inputs, groups of a multiple of 32 and "
@@ -84,25 +78,10 @@ def _by_mma(
         )
     from matquant.kernels.gpu.jit_mma import mma
 
-    if x.data_ptr() % ALIGNED:
-        x = x.clone()
-    per_split = triton.cdiv(triton.cdiv(found.tiles, config.split_k), config.warps) * config.warps
-    splits = triton.cdiv(found.tiles, per_split)
-    y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
-    into = y if splits == 1 else torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
-    rows = triton.next_power_of_2(tokens)
-    block_m = max(MMA_ROWS, min(config.block_m, rows))
     whole = in_features % TILE == 0 and found.groups % 16 == 0 and found.tiles % config.warps == 0
     pdl = torch.cuda.get_device_capability(x.device) >= PDL
-    mma[(triton.cdiv(out, config.block_n), splits, triton.cdiv(tokens, block_m))](
-        x, into, *planes, *[None] * (5 - len(planes)), scale, fit, zero, bias if splits == 1 else None, tokens, out, in_features, found.groups,
-        found.tiles, per_split, **_read(of), GROUP=found.group, APPLY=found.apply, BLOCK_M=block_m, BLOCK_N=config.block_n, PARTIAL=splits > 1,
-        STAGES=config.stages, W=config.warps, BFLOAT=x.dtype == torch.bfloat16, ROWS=min(rows, block_m),
-        WHOLE=whole, PDL=pdl, num_warps=config.warps, launch_pdl=pdl, maxnreg=config.registers or None,
-    )  # fmt: skip
-    if splits > 1:
-        jit.add_splits[(triton.cdiv(out, ADD_BLOCK), tokens)](into, y, bias, splits, tokens, out, BLOCK=ADD_BLOCK, **FUSED)
-    return y
+    own = {"W": config.warps, "BFLOAT": x.dtype == torch.bfloat16, "ROWS": rows, "WHOLE": whole, "PDL": pdl}
+    return x.clone() if x.data_ptr() % ALIGNED else x, mma, own | {"launch_pdl": pdl, "maxnreg": config.registers or None}
 
 
 def dense(w: Tensor, first: int, planes: list[Tensor], scale: Tensor, fit: Tensor | None, zero: Tensor | None, of: Reading, found: Blocking) -> None:

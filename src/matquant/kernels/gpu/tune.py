@@ -23,7 +23,7 @@ TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}  # 
 COLD = 3  # times the L2 that the copies of a weight fill
 MOST_COPIES = 512
 MOST_MMA = 64  # rows of x for which mma is tried
-MMA = ((16, 4, 3, 0), (16, 4, 2, 0), (16, 2, 3, 0), (16, 2, 2, 0), (16, 2, 1, 0), (16, 4, 1, 0), (16, 4, 1, 128), (16, 8, 1, 0), (16, 8, 1, 64), (32, 2, 1, 0),
+MMA_BLOCKS = ((16, 4, 3, 0), (16, 4, 2, 0), (16, 2, 3, 0), (16, 2, 2, 0), (16, 2, 1, 0), (16, 4, 1, 0), (16, 4, 1, 128), (16, 8, 1, 0), (16, 8, 1, 64), (32, 2, 1, 0),
        (32, 4, 1, 0), (32, 4, 1, 128), (32, 4, 2, 0), (32, 8, 1, 96), (32, 8, 1, 128), (32, 8, 2, 128), (64, 4, 1, 0))  # rows, warps, stages, registers  # fmt: skip
 ROUNDS = 5  # replays, of which the median counts
 FEWEST = 20  # products in a graph
@@ -65,7 +65,7 @@ def candidates(product: Product, mma: bool = False) -> Iterator[Config]:
     yield untuned(product.bits, product.batch, mma)
     if mma and product.batch <= MOST_MMA:
         block_m = min(32, max(8, batch_class(product.batch)))
-        for block_n, warps, stages, registers in MMA:
+        for block_n, warps, stages, registers in MMA_BLOCKS:
             yield Config("mma", block_n=block_n, block_m=block_m, warps=warps, stages=stages, registers=registers)
     tiles = blocking(product.in_features, product.in_features if product.group == -1 else product.group).tiles
     splits = [split for split in (1, 2, 4, 8) if split <= tiles]
