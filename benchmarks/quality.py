@@ -58,7 +58,7 @@ VARIANTS = {
     "matgptq-348": Variant("MatGPTQ's rule, targets 8,4,3", MATGPTQ | {"targets": {8: 1.0, 4: 1.0, 3: 1.0}}),
     "matgptq-2348": Variant("MatGPTQ's rule, targets 8,4,3,2", MATGPTQ | {"targets": {8: 1.0, 4: 1.0, 3: 1.0, 2: 1.0}}),
     "nested": Variant("ours, without gradients", {"bits": ALL_WIDTHS}),
-    "block": Variant("ours, block refinement", {"bits": ALL_WIDTHS, "method": "block"}),
+    "block": Variant("ours, block refinement", {"bits": ALL_WIDTHS, "method": "block", "refine_dtype": "bfloat16"}),
     "targets-842": Variant("ours, without gradients, targets 8,4,2", {"bits": ALL_WIDTHS, "targets": {r: Recipe().targets[r] for r in (8, 4, 2)}}),
     "targets-843": Variant("ours, without gradients, targets 8,4,3", {"bits": ALL_WIDTHS, "targets": {r: Recipe().targets[r] for r in (8, 4, 3)}}),
     "dedicated": Variant("ours, one run a width", EVERY | {}, dedicated=True),
