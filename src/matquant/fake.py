@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from matquant.codes import Grid, Slicing, read_rule, slice_codes, snap
+from matquant.kernels import cpu
+from matquant.kernels import fake as native
 from matquant.kernels.gpu import ops
 
 
@@ -65,46 +67,60 @@ class _Straight(torch.autograd.Function):
 class _Read(torch.autograd.Function):
     """The formulas above. Only what the caller holds anyway is kept for the way back; the rest is made again.
 
-    On a GPU one kernel each way: torch would launch some fifty for every layer, width and step, and these are what a step of a small model
-    would spend its time on.
+    One kernel each way where there is one: torch would make some fifty passes over every layer, width and step, which is half of what a step
+    of a small model takes on a CPU, and most of it on a GPU.
     """
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, bits: int, grid: Grid, slicing: Slicing) -> Tensor:
         ctx.save_for_backward(w, s, z, m, u)
         ctx.rule = bits, grid, slicing
-        if (kernels := _kernels(w, s, grid)) is not None:
-            return kernels.read(w, s, z, m, u, bits, grid, slicing)
-        m, u = (torch.ones_like(s), z) if m is None or u is None else (m, u)
-        level, _ = _level(w, s, z, bits, grid, slicing)
-        mid = grid.max_code / 2
-        return (level.mul_(m[..., None]).add_((mid - u)[..., None]).mul_(s[..., None])).reshape(w.shape)
+        kernels = _kernels(w, s, grid)
+        return (kernels.read if kernels else read_reference)(w, s, z, m, u, bits, grid, slicing)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         w, s, z, m, u = ctx.saved_tensors
-        if (kernels := _kernels(w, s, ctx.rule[1])) is not None:
-            return *kernels.gradients(w, s, z, m, u, grads[0], *ctx.rule), None, None, None
-        own = m is not None
-        m, u = (m, u) if own else (torch.ones_like(s), z)
-        level, inside = _level(w, s, z, *ctx.rule)
-        mid = ctx.rule[1].max_code / 2
-        g = grads[0].reshape(level.shape)
-        stops = g * inside  # what reaches t, over s m
-        total, along = g.sum(-1), (g * level).sum(-1)
-        dw = (stops * m[..., None]).reshape(w.shape) if ctx.needs_input_grad[0] else None
-        ds = m * along + (mid - u) * total - m / s * (stops * w.reshape(level.shape)).sum(-1)
-        dz, dm, du = s * m * stops.sum(-1), s * along, -s * total
-        return dw, ds, *((dz, dm, du) if own else (dz + du, None, None)), None, None, None
+        kernels = _kernels(w, s, ctx.rule[1])
+        of_weight = ctx.needs_input_grad[0]
+        parts = (kernels.gradients if kernels else gradients_reference)(w, s, z, m, u, grads[0], *ctx.rule, of_weight=of_weight)
+        return *parts, None, None, None
+
+
+def read_reference(w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, bits: int, grid: Grid, slicing: Slicing) -> Tensor:
+    """w_r by torch."""
+    m, u = (torch.ones_like(s), z) if m is None or u is None else (m, u)
+    level, _ = _level(w, s, z, bits, grid, slicing)
+    return (level.mul_(m[..., None]).add_((grid.max_code / 2 - u)[..., None]).mul_(s[..., None])).reshape(w.shape)
+
+
+def gradients_reference(
+    w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, g: Tensor, bits: int, grid: Grid, slicing: Slicing, of_weight: bool = True
+) -> tuple[Tensor | None, ...]:
+    """(dw, ds, dz, dm, du) by torch from g, that of the read; the last two None without m and u, dz then of both; dw None if it is not wanted."""
+    own, mid = m is not None, grid.max_code / 2
+    m, u = (torch.ones_like(s), z) if m is None or u is None else (m, u)
+    level, inside = _level(w, s, z, bits, grid, slicing)
+    g = g.reshape(level.shape)
+    stops = g * inside  # what reaches t, over s m
+    total, along = g.sum(-1), (g * level).sum(-1)
+    dw = (stops * m[..., None]).reshape(w.shape) if of_weight else None
+    ds = m * along + (mid - u) * total - m / s * (stops * w.reshape(level.shape)).sum(-1)
+    dz, dm, du = s * m * stops.sum(-1), s * along, -s * total
+    return dw, ds, *((dz, dm, du) if own else (dz + du, None, None))
 
 
 def _kernels(w: Tensor, s: Tensor, grid: Grid) -> Any:
-    """The module of the GPU's kernels, where they can run."""
-    if w.device.type != "cuda" or grid.overlap or not ops.available(w.device):
+    """The module with kernels of fake quantization, where they can run."""
+    if w.dtype != torch.float32 or grid.overlap:
+        return None
+    if w.device.type == "cpu":
+        return native if cpu.available() else None
+    if w.device.type != "cuda" or not ops.available(w.device):
         return None
     from matquant.kernels.gpu import fake
 
-    return fake if w.dtype == torch.float32 and w.numel() <= fake.LONGEST * s.numel() else None
+    return fake if w.numel() <= fake.LONGEST * s.numel() else None
 
 
 def _level(w: Tensor, s: Tensor, z: Tensor, bits: int, grid: Grid, slicing: Slicing) -> tuple[Tensor, Tensor]:

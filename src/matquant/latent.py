@@ -77,7 +77,7 @@ class Latent:
 
     def bound(self) -> None:
         """Keep y between its borders."""
-        torch.minimum(torch.maximum(self.y, self.low), self.high, out=self.y)
+        torch.clamp(self.y, self.low, self.high, out=self.y)
 
     def frozen(self, planes: int) -> NestedWeight:
         """The integers: the first `planes` planes as trained, below them the code nearest to the one at the start."""

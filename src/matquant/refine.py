@@ -214,11 +214,11 @@ class _Attempt:
             groups.append({"params": [latent.u[bits] for latent in own], "lr": READ_RATE * 2.0 ** (8 - bits)})
         if not groups:
             return weights
-        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-30)
+        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-30, fused=True)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / recipe.refine_steps)
         for chosen in _draws(split(len(self.trainer.goal))[0], self.trainer.goal.shape[1] * self.trainer.world.size, recipe):
             loss, gradients = self.trainer.step(latents, bits, chosen)
-            if not loss < float("inf") or not all(part.isfinite().all() for parts in gradients.values() for part in parts):
+            if not loss < float("inf") or not all(part.sum().isfinite() for parts in gradients.values() for part in parts):
                 return None
             for name, (dy, dm, du) in gradients.items():
                 latents[name].y.grad, latents[name].m[bits].grad, latents[name].u[bits].grad = dy, dm, du

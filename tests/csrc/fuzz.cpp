@@ -1,4 +1,5 @@
-// Random weights of random shapes through every instruction set at hand, and codes chosen in turn, against plain loops in double precision.
+// Random weights of random shapes through every instruction set at hand, codes chosen in turn and fake quantization, against plain loops in double
+// precision.
 //
 //     fuzz ROUNDS [SEED]
 //
@@ -11,6 +12,7 @@
 #include <random>
 #include <vector>
 
+#include "fake.h"
 #include "half.h"
 #include "layout.h"
 #include "turns.h"
@@ -174,6 +176,46 @@ int check_turns() {
     return 0;
 }
 
+// Reads and gradients of codes of 8 bits, none of them near a border, and some beyond the ends of the range.
+int check_fake() {
+    const int64_t groups = between(1, 200), size = between(1, 150), bits = between(2, 8), n = groups * size;
+    const bool half_up = between(0, 1) != 0, own = between(0, 1) != 0, of_weight = between(0, 1) != 0;
+    const std::vector<float> scale = floats(groups, .01f, .02f), zero = floats(groups, 0, 255), m = floats(groups, .5f, 2), u = floats(groups, 0, 255);
+    const std::vector<float> g = floats(n, -1, 1), off = floats(n, -.4f, .4f);
+    std::vector<float> w(static_cast<size_t>(n)), read(w.size()), dw(w.size());
+    std::vector<int64_t> whole(w.size());
+    for (size_t i = 0; i < w.size(); ++i) {
+        const size_t of = i / size_t(size);
+        whole[i] = between(-20, 275);
+        w[i] = (float(whole[i]) + off[i] - zero[of]) * scale[of];
+    }
+    mq_fake a{};
+    a.groups = groups, a.size = size, a.max_code = 255, a.cut = 8 - bits, a.half_up = half_up, a.top = (1 << bits) - 1;
+    a.step = float(1 << a.cut), a.added = -100, a.mid = 127.5f, a.w = w.data(), a.scale = scale.data(), a.zero = zero.data();
+    if (own) a.m = m.data(), a.u = u.data();
+    std::vector<float> parts[4];
+    for (std::vector<float> &part : parts) part.resize(size_t(groups));
+    mq_fake_read(&a, read.data(), between(1, 3));
+    mq_fake_gradients(&a, g.data(), of_weight ? dw.data() : nullptr, parts[0].data(), parts[1].data(), own ? parts[2].data() : nullptr, own ? parts[3].data() : nullptr, between(1, 3));
+    for (size_t of = 0; of < size_t(groups); ++of) {
+        const double s = scale[of], z = zero[of], stretch = own ? m[of] : 1, moved = 127.5 - (own ? u[of] : z);
+        double ds = 0, dz = 0, dm = 0, du = 0;
+        for (size_t i = of * size_t(size); i < (of + 1) * size_t(size); ++i) {
+            const bool inside = whole[i] >= 0 && whole[i] <= 255;
+            const int64_t q = std::min<int64_t>(std::max<int64_t>(whole[i], 0), 255), cut = q >> a.cut;
+            const int64_t p = half_up && a.cut ? std::min<int64_t>(cut + ((q >> (a.cut - 1)) & 1), a.top) : cut;
+            const double level = double(a.step) * double(p) - 100, want = s * (stretch * level + moved), stop = inside ? g[i] : 0;
+            if (!(std::fabs(read[i] - want) <= 1e-4)) return std::printf("fake: read %g, want %g\n", read[i], want), 1;
+            if (of_weight && !(std::fabs(dw[i] - stop * stretch) <= 1e-6)) return std::printf("fake: dw %g\n", dw[i]), 1;
+            ds += g[i] * (stretch * level + moved) - stretch / s * stop * w[i], dz += s * stretch * stop, dm += s * g[i] * level, du -= s * g[i];
+        }
+        const double wants[4] = {ds, own ? dz : dz + du, dm, du};
+        for (size_t k = 0; k < (own ? 4 : 2); ++k)
+            if (!(std::fabs(parts[k][of] - wants[k]) <= 1e-2 + 1e-3 * std::fabs(wants[k]))) return std::printf("fake: sum %zu %g, want %g\n", k, parts[k][of], wants[k]), 1;
+    }
+    return 0;
+}
+
 }  // namespace
 
 int main(int count, char **words) {
@@ -184,7 +226,7 @@ int main(int count, char **words) {
         for (int64_t i = 0; i < (mq_lanes(isa) ? rounds : 0); ++i, ++made)
             if (check(isa)) return 1;
     for (int64_t i = 0; i < rounds / 4; ++i)
-        if (check_turns()) return 1;
+        if (check_turns() || check_fake()) return 1;
     std::printf("%lld products equal, best %s\n", (long long)made, mq_best_isa());
     return made ? 0 : 1;
 }

@@ -57,6 +57,8 @@ def library() -> Any:
     loaded.mq_step.restype = ctypes.c_int
     loaded.mq_step.argtypes = [p, p, n, p, p, p, p, p, n, n, n, p, n, p, n, n, ctypes.c_char_p]
     loaded.mq_choose_in_turn.restype, loaded.mq_choose_in_turn.argtypes = ctypes.c_int, [p, n]
+    loaded.mq_fake_read.restype, loaded.mq_fake_read.argtypes = None, [p, p, n]
+    loaded.mq_fake_gradients.restype, loaded.mq_fake_gradients.argtypes = None, [p, p, p, p, p, p, p, n]
     return loaded
 
 

@@ -44,11 +44,11 @@ template <bool FIXED> inline void choose(const mq_turns &a, Tile &tile, int64_t 
 #pragma omp simd
         for (int64_t i = 0; i < rows; ++i) {
             const float reach = tile.t[last][i] - (FIXED ? base[tile.first[i]] : *base);
-            float e = __builtin_floorf(reach + 0.5f);
-            e = e > 0 ? e : 0;  // of what is no number too
+            float e = reach + 0.5f;
+            e = e > 0 ? e : 0;  // of what is no number too; clamped first, it needs no floor, which would keep the loop from being vectors
             e = e < most ? e : most;
             tile.e[i] = int32_t(e);
-            tile.rest[i] = reach - e;
+            tile.rest[i] = reach - float(tile.e[i]);
             tile.cost[i] = a.last_counts ? tile.weight[last][i] * tile.rest[i] * tile.rest[i] : 0;
         }
         for (int64_t r = 0; r < last; ++r) {

@@ -23,11 +23,11 @@ def read(w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, bi
 
 
 def gradients(
-    w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, g: Tensor, bits: int, grid: Grid, slicing: Slicing
+    w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, g: Tensor, bits: int, grid: Grid, slicing: Slicing, of_weight: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """(dw, ds, dz, dm, du), the last two None without m and u."""
+    """(dw, ds, dz, dm, du), the last two None without m and u; dw None if it is not wanted."""
     w, s, z, m, u, g = _whole(w, s, z, m, u, g)
-    dw, (ds, dz) = torch.empty_like(w), (torch.empty_like(s) for _ in range(2))
+    dw, (ds, dz) = torch.empty_like(w) if of_weight else None, (torch.empty_like(s) for _ in range(2))
     dm, du = (None, None) if m is None else (torch.empty_like(s), torch.empty_like(s))
     options, programs = _options(w, s, m, bits, grid, slicing)
     jit_fake.gradients[programs](w, s, z, m, u, g, dw, ds, dz, dm, du, s.numel(), w.numel() // s.numel(), **options)

@@ -56,7 +56,7 @@ def gradients(
     w, scale, zero, m, u, g, dw, ds, dz, dm, du, groups, size, MID: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr,
     MAX: tl.constexpr, BY: tl.constexpr, HALF_UP: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """Those of matquant.fake from g, that of the read. dm, du: None unless OWN; without them u is z, and dz is of both."""
+    """Those of matquant.fake from g, that of the read. dm, du: None unless OWN; dw: None if it is not wanted; without them u is z, and dz is of both."""
     rows, columns = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS), tl.arange(0, PADDED)
     here = rows < groups
     at, inner = rows.to(tl.int64)[:, None] * size + columns[None, :], here[:, None] & (columns < size)[None, :]
@@ -64,7 +64,8 @@ def gradients(
     weight, pull = tl.load(w + at, mask=inner, other=0.0), tl.load(g + at, mask=inner, other=0.0)
     level, inside = _level(weight, s, z, MAX, BY, HALF_UP, TOP, STEP, ADDED)
     stops = tl.where(inside, pull, 0.0)
-    tl.store(dw + at, stops * stretch[:, None], mask=inner)
+    if dw is not None:
+        tl.store(dw + at, stops * stretch[:, None], mask=inner)
     total, along, through = tl.sum(pull, 1), tl.sum(pull * level, 1), tl.sum(stops, 1)
     tl.store(ds + rows, stretch * along + (MID - moved) * total - stretch / s * tl.sum(stops * weight, 1), mask=here)
     if OWN:
