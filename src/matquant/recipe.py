@@ -25,7 +25,7 @@ TRAIN_DTYPES = ("float32", "bfloat16")
 
 
 def _targets() -> dict[int, float]:
-    return {8: 0.07, 6: 0.05, 4: 0.25, 3: 0.5, 2: 1.0}
+    return {8: 0.08, 6: 0.05, 4: 0.25, 3: 0.5, 2: 1.0}
 
 
 ORIGINAL = 0  # names the stream of the original model where streams are named by their widths
@@ -47,7 +47,7 @@ class Recipe:
     )
     bits: tuple[int, ...] = _help("read widths that the checkpoint offers, for instance 8,6,4,3,2", default=(8, 6, 4, 3, 2))
     targets: Mapping[int, float] = _help(
-        "widths that are optimised and the weight of each, for instance 8:.07,6:.05,4:.25,3:.5,2:1", default_factory=_targets
+        "widths that are optimised and the weight of each, for instance 8:.08,6:.05,4:.25,3:.5,2:1", default_factory=_targets
     )
     normalize: bool = _help(
         "count a target's loss relative to what a run dedicated to it would lose; off = raw lambdas, as in the papers", default=True

@@ -15,7 +15,7 @@ import typer
 from matquant.errors import RecipeError
 from matquant.recipe import Recipe
 
-EXAMPLES = {"targets": "8:.07,6:.05,4:.25,3:.5,2:1", "teachers": "2:8,4:8"}  # fields that map widths
+EXAMPLES = {"targets": "8:.08,6:.05,4:.25,3:.5,2:1", "teachers": "2:8,4:8"}  # fields that map widths
 FILE_HELP = "YAML or JSON file of recipe settings; flags override it"
 
 
