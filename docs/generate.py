@@ -73,7 +73,7 @@ QUALITY_ORDER = (
     "rtn", "gptq", "gptq+refit", "matgptq-348", "matgptq-2348", "nested", "targets-843", "targets-842", "favor-8", "block", "dedicated", "integer-zero", "round"
 )  # fmt: skip
 ABLATION_ORDER = (
-    "one-pass", "streams", "streams-refit", "streams-refit+refit", "one-stream", "two-streams", "symmetric-target", "full-target", "no-clip-search",
+    "one-pass", "streams-refit", "streams-refit+refit", "one-stream", "two-streams", "symmetric-target", "full-target", "no-clip-search",
     "sweeps-6", "overlap", "rotated", "all-streams", "nested"
 )  # fmt: skip
 FAVOR_ORDER = ("all-streams", "favor-2", "favor-4", "favor-8")
