@@ -9,6 +9,7 @@ import pytest
 import torch
 from grids import make_grid
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from matquant import refine
 from matquant.activations import Call
@@ -134,6 +135,22 @@ def test_one_sequence_at_a_time_trains_as_several_do() -> None:
     for name in latents:
         for one, other in zip(both[0][1][name], both[1][1][name], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_that_hold_their_weights_transposed_train_as_others_do() -> None:
+    """GPT-2's: gradients come transposed, and torch's fused Adam does not look how they lie."""
+    trainer, weights = setting()
+    block = Block()
+    for name in ("up", "down"):
+        linear = getattr(block, name)
+        turned = Conv1D(*linear.weight.shape)
+        turned.weight.data = linear.weight.data.T.contiguous()
+        setattr(block, name, turned)
+    other = replace(trainer, block=block, layers={"up": block.up, "down": block.down})
+    ours, theirs = (refine.refine(each, weights, unchanged, RECIPE).weights for each in (trainer, other))
+    for name, weight in ours.items():
+        assert not torch.equal(weight.codes, weights[name].codes)
+        assert (weight.codes == theirs[name].codes).float().mean() > 0.98
 
 
 def test_codes_move_no_further_than_their_reach() -> None:

@@ -214,6 +214,7 @@ class _Attempt:
             groups.append({"params": [latent.u[bits] for latent in own], "lr": READ_RATE * 2.0 ** (8 - bits)})
         if not groups:
             return weights
+        # torch's fused step on a CPU takes gradients to lie in memory as their parameters do, and does not look: `step` gives them so
         optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-30, fused=True)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / recipe.refine_steps)
         for chosen in _draws(split(len(self.trainer.goal))[0], self.trainer.goal.shape[1] * self.trainer.world.size, recipe):
