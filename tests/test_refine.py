@@ -147,7 +147,8 @@ def test_layers_that_hold_their_weights_transposed_train_as_others_do() -> None:
         turned.weight.data = linear.weight.data.T.contiguous()
         setattr(block, name, turned)
     other = replace(trainer, block=block, layers={"up": block.up, "down": block.down})
-    ours, theirs = (refine.refine(each, weights, unchanged, RECIPE).weights for each in (trainer, other))
+    recipe = replace(RECIPE, targets={4: 0.25, 3: 0.5, 2: 1.0})
+    ours, theirs = (refine.refine(each, weights, unchanged, recipe).weights for each in (trainer, other))
     for name, weight in ours.items():
         assert not torch.equal(weight.codes, weights[name].codes)
         assert (weight.codes == theirs[name].codes).float().mean() > 0.98
