@@ -24,7 +24,7 @@ class _Fake(ctypes.Structure):
 
 def read(w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, bits: int, grid: Grid, slicing: Slicing) -> Tensor:
     """w_r, float32 as all that comes in; equal to the bit to that of torch, for any number of threads."""
-    tensors = _whole(w, s, z, m, u)
+    tensors = whole(w, s, z, m, u)
     out = torch.empty_like(tensors[0])
     library().mq_fake_read(ctypes.byref(_struct(tensors, bits, grid, slicing)), out.data_ptr(), _threads(w))
     return out
@@ -34,7 +34,7 @@ def gradients(
     w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, g: Tensor, bits: int, grid: Grid, slicing: Slicing, of_weight: bool = True
 ) -> tuple[Tensor | None, ...]:
     """(dw, ds, dz, dm, du), the last two None without m and u; dw None if it is not wanted."""
-    *tensors, g = _whole(w, s, z, m, u, g)
+    *tensors, g = whole(w, s, z, m, u, g)
     dw, own = torch.empty_like(tensors[0]) if of_weight else None, m is not None
     parts = [torch.empty_like(tensors[1]) if here else None for here in (True, True, own, own)]
     struct = _struct(tensors, bits, grid, slicing)
@@ -45,15 +45,19 @@ def gradients(
 def _struct(tensors: Any, bits: int, grid: Grid, slicing: Slicing) -> _Fake:
     """tensors: w, s, z, m and u, which the caller keeps alive."""
     w, s = tensors[:2]
-    step, shift = read_rule(bits, grid, slicing)
-    mid = grid.max_code / 2
-    return _Fake(
-        s.numel(), w.numel() // s.numel(), grid.max_code, grid.bits - bits, slicing != "floor", 2**bits - (slicing == "round"),
-        step, shift - mid, mid, *(_pointer(tensor) for tensor in tensors),
-    )  # fmt: skip
+    pointers = dict(zip(("w", "scale", "zero", "m", "u"), map(_pointer, tensors), strict=True))
+    return _Fake(groups=s.numel(), size=w.numel() // s.numel(), **constants(bits, grid, slicing), **pointers)
 
 
-def _whole(*tensors: Tensor | None) -> tuple[Any, ...]:
+def constants(bits: int, grid: Grid, slicing: Slicing) -> dict[str, Any]:
+    """What a kernel slices with, as csrc/fake.h names and explains it."""
+    (step, shift), mid = read_rule(bits, grid, slicing), grid.max_code / 2
+    cut, top = grid.bits - bits, 2**bits - (slicing == "round")
+    return {"max_code": grid.max_code, "cut": cut, "half_up": slicing != "floor", "top": top, "step": step, "added": shift - mid, "mid": mid}
+
+
+def whole(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The same, each in one piece of memory."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
