@@ -14,7 +14,8 @@ def logits(seed: int) -> Tensor:
 
 @pytest.fixture(params=[1, 3 * 11, 2**22], ids=["a row at a time", "3 rows at a time", "at once"], autouse=True)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(losses, "CACHED_ELEMENTS", request.param)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
 def slow_kl(p: Tensor, q: Tensor) -> Tensor:

@@ -65,6 +65,16 @@ def test_slices_of_a_batch_are_the_batch(plain: Path, tmp_path: Path) -> None:
     assert torch.allclose(torch.tensor(losses(tmp_path)), torch.tensor(losses(plain)), rtol=1e-3)
 
 
+def test_weights_that_lie_transposed(plain: Path, tmp_path: Path) -> None:
+    """As GPT-2's do. torch's fused AdamW takes every array to lie as its parameter does, and does not look."""
+    fit = fit_of(tmp_path)
+    for weight in [layer.weight for layer in fit.joint.layers.values()]:  # pyright: ignore
+        weight.data = weight.data.t().contiguous().t()
+        assert not weight.is_contiguous()
+    fit.run()
+    assert torch.allclose(torch.tensor(losses(tmp_path)), torch.tensor(losses(plain)), rtol=1e-4)
+
+
 def test_young_states_are_not_replaced(tmp_path: Path) -> None:
     fit_of(tmp_path, replace(SCHEDULE, save_every=1, save_seconds=3600.0)).run()
     assert not (tmp_path / "state").exists()
