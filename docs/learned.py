@@ -1,8 +1,11 @@
 """Tables of what training gains, from benchmarks/learned.py."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from tables import MEASURES, Values, collect, counts, load, name_of, ratios, table, thousandths
+
+from matquant.recipe import Recipe
 
 BASES, OURS = ("omniquant", "qat"), ("nested", "block")
 FAMILY = ("baseline", "sliced", "matquant", "single", "extra", "8to2", "8to4-2", "only-8to2", "weights", "balanced", "random", "ours")
@@ -18,9 +21,8 @@ def learned(model: str) -> str:
     order = [f"{base}-{member}" for base in BASES for member in FAMILY] + [name + suffix for name in OURS for suffix in ("", TUNED)]
     parts = [
         "\n".join(f"    {command}" for command in commands)
-        + f"\n\nGroups of {setting['group_size']}. Calibrated on {counts([setting['num_samples'], setting['seq_len']])} of {setting['calibration']}, trained on "
-        f"{setting['tokens']} tokens of {setting['train_text']} (of each width whose reads are tuned), measured on {counts(setting['held_out'])} of each text. "
-        "Where there are several seeds: mean ± half the spread.\n"
+        + f"\n\n{_groups(setting['group_size'])}. Calibrated on {counts([setting['num_samples'], setting['seq_len']])} of {setting['calibration']}{_training(setting, runs)}, "
+        f"measured on {counts(setting['held_out'])} of each text. Where there are several seeds: mean ± half the spread.\n"
     ]
     for text in texts:
         parts += [f"{title}, {name_of(text)}:\n\n{table(runs, order, text, key, words)}" for title, key, words in MEASURES]
@@ -30,6 +32,20 @@ def learned(model: str) -> str:
         if base in runs:
             parts.append(f"KL over that of {runs[base][0]}:\n\n{ratios(runs, others, base, texts)}")
     return "\n".join(parts)
+
+
+def _groups(size: int) -> str:
+    return "A scale for each row" if size == -1 else f"Groups of {size}"
+
+
+def _training(setting: dict[str, Any], names: Iterable[str]) -> str:
+    """What each base algorithm that is there was given to train on."""
+    words = ""
+    if any(name.startswith("omniquant") for name in names):
+        words += f", {setting.get('epochs', Recipe().epochs)} rounds over these by OmniQuant"
+    if any(name.startswith("qat") or name.endswith(TUNED) for name in names):
+        words += f", trained on {setting['tokens']} tokens of {setting['train_text']} (of each width whose reads are tuned)"
+    return words
 
 
 def variants(stored: dict[str, Any]) -> dict[str, tuple[str, Values]]:
