@@ -24,7 +24,7 @@ from matquant.recipe import Divergence
 
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 CHUNK_ELEMENTS = 2**22  # positions x vocabulary at a time: 16 MiB an array, of which half a dozen live at once
-CACHED_ELEMENTS = 2**18  # the same for a thread of a CPU, whose caches hold these: a third of the time
+CACHED_ELEMENTS = 2**18  # the same for a thread of a CPU, whose caches hold these
 
 Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]  # (float32 logits of some positions, what is known of them) -> (sum over them, gradient)
 

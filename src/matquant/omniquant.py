@@ -133,8 +133,8 @@ class Clipping(nn.Module):
         """(scale, zero) as they are stored."""
         grid = self.rule[0]
         wg = w.reshape(*self.gamma.shape, -1)
-        ends = wg.min(-1).values, wg.max(-1).values  # not amin and amax, whose way back makes masks of all weights
-        low, high = ends[0].clamp(max=0) * self.beta.sigmoid(), ends[1].clamp(min=0) * self.gamma.sigmoid()
+        lowest, highest = wg.min(-1).values, wg.max(-1).values  # not amin and amax, whose way back makes masks of all weights
+        low, high = lowest.clamp(max=0) * self.beta.sigmoid(), highest.clamp(min=0) * self.gamma.sigmoid()
         if grid.symmetric:
             scale = snapped(torch.maximum(high, -low) * (2 / grid.max_code), self.dtype)
             return scale, torch.full_like(scale, grid.center)
