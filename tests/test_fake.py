@@ -33,6 +33,10 @@ def plain_read(w: Tensor, s: Tensor, z: Tensor, m: Tensor, u: Tensor, bits: int,
     t = w.reshape(*s.shape, -1) / s[..., None] + z[..., None]
     q = straight(t, (t + 0.5).floor()).clamp(0, grid.max_code)
     p = straight(q / step, slice_codes(q.detach().to(torch.uint8), bits, grid, slicing).float())
+    cut_off = (q / step + 0.5).floor() >= 2**bits  # to a scale and a zero, these are at the top whatever they do
+    if slicing == "round" and bits < grid.bits:
+        of_weight = w.reshape(*s.shape, -1) / s[..., None].detach() * (t.detach() + 0.5 < grid.max_code + 1)
+        p = torch.where(cut_off, straight(of_weight / step, p.detach()), p)
     mid = grid.max_code / 2
     return (s[..., None] * (m[..., None] * (step * p + shift - mid) + mid - u[..., None])).reshape(w.shape)
 
@@ -70,13 +74,14 @@ def test_gradients_by_hand(parent: int, bits: int, slicing: Slicing) -> None:
     """One weight, one group: the table of the module, with a loop for the code."""
     grid, (step, shift) = make_grid(parent, 1, symmetric=False), read_rule(bits, make_grid(parent, 1, symmetric=False), slicing)
     mid = grid.max_code / 2
-    for value in (-3.0, -0.31, 0.0, 0.17, 0.49, 2.9):
+    for value in (-3.0, -0.31, 0.0, 0.17, 0.49, 0.99, 2.9):
         s, z, m, u = 1.7 / grid.max_code, float(round(grid.max_code * 0.4)), 1.1, grid.max_code * 0.45
         q = next((q for q in range(grid.max_code) if value / s + z < q + 0.5), grid.max_code)
         inside = -0.5 <= value / s + z < grid.max_code + 0.5
+        under = inside and not (slicing == "round" and bits < parent and q + step / 2 >= step * 2**bits)
         p = int(slice_codes(torch.tensor([q], dtype=torch.uint8), bits, grid, slicing))
         a = m * (step * p + shift - mid) + mid - u
-        want = [m * inside, a - m * inside * value / s, s * m * inside, s * (step * p + shift - mid), -s]
+        want = [m * inside, a - m * under * value / s, s * m * under, s * (step * p + shift - mid), -s]
         leaves = [torch.full((1, 1), x, requires_grad=True) for x in (value, s, z, m, u)]
         w, scale, zero, *own = leaves
         read = fake_read(w, scale, zero, bits, grid, slicing, *own)
@@ -118,6 +123,16 @@ def test_the_slice_at_the_top_passes_gradients_and_the_end_of_the_range_does_not
     assert read.tolist() == [[192.0] * 3]
     read.sum().backward()
     assert w.grad is not None and w.grad.tolist() == [[1.0, 1.0, 0.0]]
+
+
+def test_scale_and_zero_know_what_the_slice_cuts_off_at_the_top() -> None:
+    """By differences: among weights above the last border of 2 bits, a read is s (192 - z)."""
+    grid, w = make_grid(8, 3, symmetric=False), torch.tensor([[230.0, 240.3, 250.0]])
+    value = lambda s, z: float(fake_read(w, torch.full((1, 1), s), torch.full((1, 1), z), 2, grid, "round").sum())  # noqa: E731
+    s, z = (torch.full((1, 1), x, requires_grad=True) for x in (1.0, 0.0))
+    fake_read(w, s, z, 2, grid, "round").sum().backward()
+    assert s.grad is not None and s.grad.item() == pytest.approx((value(1.01, 0.0) - value(0.99, 0.0)) / 0.02, rel=1e-3)
+    assert z.grad is not None and z.grad.item() == pytest.approx((value(1.0, 1.0) - value(1.0, -1.0)) / 2, rel=1e-3)
 
 
 def test_frozen_codes_stay_what_they_are() -> None:

@@ -4,13 +4,15 @@
     w_r = s a          a = m (step p + shift - mid) + mid - u                              (codes.py; without a refit m = 1, u = z)
 
 Both roundings, of the code and of its slice, pass gradients straight through (https://arxiv.org/abs/1308.3432), so that a step of
-step p is a step of t. Only the parent's clamp stops them: `in` is 1 where 0 <= floor(t + 1/2) < 2^c, else 0.
+step p is a step of t. Clamps stop them: `in` is 1 where 0 <= floor(t + 1/2) < 2^c, else 0, and `under` is `in` but 0 too for the codes that
+slicing by `round` pushes back into a width's top cell.
 
-    dw_r/dw = m in      dw_r/ds = a - m in w/s      dw_r/dz = s m in      dw_r/dm = s (step p + shift - mid)      dw_r/du = -s
+    dw_r/dw = m in      dw_r/ds = a - m under w/s      dw_r/dz = s m under      dw_r/dm = s (step p + shift - mid)      dw_r/du = -s
 
 At r = c and without a refit these are the gradients of LSQ (https://arxiv.org/abs/1902.08153) and LSQ+: dw/dz = s in - s.
-The clamp of `round`, which pushes the codes above the last border of a width back into its top cell, is passed through as well: it acts on
-one weight in 2^(r + 1) evenly spread ones, and without gradients there these could never leave the cell (MatQuant, Eq. 6, takes the identity).
+The weight itself passes the clamp of the slice (MatQuant, Eq. 6, takes the identity): it acts on one in 2^(r + 1) evenly spread ones, which
+without gradients could never leave the cell. Scale and zero do not: what they are there is no matter of rounding, and learned clipping that
+took it for one would never see what a width cuts off at its top.
 """
 
 from typing import Any
@@ -90,7 +92,7 @@ class _Read(torch.autograd.Function):
 def read_reference(w: Tensor, s: Tensor, z: Tensor, m: Tensor | None, u: Tensor | None, bits: int, grid: Grid, slicing: Slicing) -> Tensor:
     """w_r by torch."""
     m, u = (torch.ones_like(s), z) if m is None or u is None else (m, u)
-    level, _ = _level(w, s, z, bits, grid, slicing)
+    level, _, _ = _level(w, s, z, bits, grid, slicing)
     return (level.mul_(m[..., None]).add_((grid.max_code / 2 - u)[..., None]).mul_(s[..., None])).reshape(w.shape)
 
 
@@ -100,13 +102,12 @@ def gradients_reference(
     """(dw, ds, dz, dm, du) by torch from g, that of the read; the last two None without m and u, dz then of both; dw None if it is not wanted."""
     own, mid = m is not None, grid.max_code / 2
     m, u = (torch.ones_like(s), z) if m is None or u is None else (m, u)
-    level, inside = _level(w, s, z, bits, grid, slicing)
+    level, inside, under = _level(w, s, z, bits, grid, slicing)
     g = g.reshape(level.shape)
-    stops = g * inside  # what reaches t, over s m
-    total, along = g.sum(-1), (g * level).sum(-1)
-    dw = (stops * m[..., None]).reshape(w.shape) if of_weight else None
-    ds = m * along + (mid - u) * total - m / s * (stops * w.reshape(level.shape)).sum(-1)
-    dz, dm, du = s * m * stops.sum(-1), s * along, -s * total
+    total, along, through = g.sum(-1), (g * level).sum(-1), g * under
+    dw = (g * inside * m[..., None]).reshape(w.shape) if of_weight else None
+    ds = m * along + (mid - u) * total - m / s * (through * w.reshape(level.shape)).sum(-1)
+    dz, dm, du = s * m * through.sum(-1), s * along, -s * total
     return dw, ds, *((dz, dm, du) if own else (dz + du, None, None))
 
 
@@ -123,11 +124,15 @@ def _kernels(w: Tensor, s: Tensor, grid: Grid) -> Any:
     return fake if w.numel() <= fake.LONGEST * s.numel() else None
 
 
-def _level(w: Tensor, s: Tensor, z: Tensor, bits: int, grid: Grid, slicing: Slicing) -> tuple[Tensor, Tensor]:
-    """(step p + shift - mid, in) as [out, groups, size]."""
+def _level(w: Tensor, s: Tensor, z: Tensor, bits: int, grid: Grid, slicing: Slicing) -> tuple[Tensor, Tensor, Tensor]:
+    """(step p + shift - mid, in, under) as [out, groups, size]."""
     t = w.reshape(*s.shape, -1) / s[..., None] + z[..., None]
     q = t.add_(0.5).floor_()
     inside = (q >= 0) & (q <= grid.max_code)
     step, shift = read_rule(bits, grid, slicing)
-    p = slice_codes(q.clamp_(0, grid.max_code).to(torch.uint8), bits, grid, slicing)
-    return p.float().mul_(step).add_(shift - grid.max_code / 2), inside
+    codes = q.clamp_(0, grid.max_code).to(torch.uint8)
+    under = inside
+    if slicing == "round" and bits < grid.bits:
+        under = inside & (slice_codes(codes, bits, grid, "round-overflow") < 2**bits)
+    p = slice_codes(codes, bits, grid, slicing)
+    return p.float().mul_(step).add_(shift - grid.max_code / 2), inside, under

@@ -16,7 +16,7 @@ class _Fake(ctypes.Structure):
     """mq_fake of csrc/fake.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("groups", "size", "max_code", "cut", "half_up", "top")),
+        *((name, ctypes.c_int64) for name in ("groups", "size", "max_code", "cut", "half_up", "top", "under")),
         *((name, ctypes.c_float) for name in ("step", "added", "mid")),
         *((name, ctypes.c_void_p) for name in ("w", "scale", "zero", "m", "u")),
     ]
@@ -53,7 +53,9 @@ def constants(bits: int, grid: Grid, slicing: Slicing) -> dict[str, Any]:
     """What a kernel slices with, as csrc/fake.h names and explains it."""
     (step, shift), mid = read_rule(bits, grid, slicing), grid.max_code / 2
     cut, top = grid.bits - bits, 2**bits - (slicing == "round")
-    return {"max_code": grid.max_code, "cut": cut, "half_up": slicing != "floor", "top": top, "step": step, "added": shift - mid, "mid": mid}
+    under = grid.max_code + 1 - (2 ** (cut - 1) if slicing == "round" and cut else 0)
+    codes = {"max_code": grid.max_code, "cut": cut, "half_up": slicing != "floor", "top": top, "under": under}
+    return codes | {"step": step, "added": shift - mid, "mid": mid}
 
 
 def whole(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -15,10 +15,11 @@ struct Group {
 };
 
 struct Slices {
-    float step, added, last;
+    float step, added, last, under;
     int32_t cut, top;
 
-    explicit Slices(const mq_fake &a) : step(a.step), added(a.added), last(float(a.max_code)), cut(int32_t(a.cut)), top(int32_t(a.top)) {}
+    explicit Slices(const mq_fake &a)
+        : step(a.step), added(a.added), last(float(a.max_code)), under(float(a.under)), cut(int32_t(a.cut)), top(int32_t(a.top)) {}
 };
 
 // t: w / s + z + 1/2. Clamped before it is rounded down, which needs no floor then; and nothing here branches: loops around it are to be vectors.
@@ -48,25 +49,25 @@ template <bool HALF_UP> INTO_CLONES void read_group(const mq_fake &a, int64_t g,
 }
 
 struct Sums {
-    float total = 0, along = 0, through = 0, weighed = 0; // of g; times the level; of what the clamp lets through; that times w
+    float total = 0, along = 0, through = 0, weighed = 0; // of g; times the level; of what clamps let through; that times w
 };
 
 template <bool HALF_UP, bool OF_WEIGHT> INTO_CLONES Sums sums_of(const mq_fake &a, int64_t g, const float *pull, float *dw) {
     const Group of(a, g);
     const Slices by(a);
-    const float *w = a.w + g * a.size, s = of.s, z = of.z, m = of.m, last = by.last, step = by.step, added = by.added;
+    const float *w = a.w + g * a.size, s = of.s, z = of.z, m = of.m, last = by.last, under = by.under, step = by.step, added = by.added;
     const int32_t cut = by.cut, top = by.top;
     const int64_t size = a.size;
     float total = 0, along = 0, through = 0, weighed = 0;
 #pragma omp simd reduction(+ : total, along, through, weighed)
     for (int64_t i = 0; i < size; ++i) {
         const float t = w[i] / s + z + 0.5f, own = pull[i];
-        const float stops = (t >= 0) & (t < last + 1) ? own : 0.0f;
+        const float stops = (t >= 0) & (t < under) ? own : 0.0f;
         total += own;
         along += own * level_of<HALF_UP>(t, last, step, added, cut, top);
         through += stops;
         weighed += stops * w[i];
-        if constexpr (OF_WEIGHT) dw[i] = stops * m;
+        if constexpr (OF_WEIGHT) dw[i] = (t >= 0) & (t < last + 1) ? own * m : 0.0f;
     }
     return {total, along, through, weighed};
 }

@@ -12,15 +12,19 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
-def _level(w, s, z, MAX_CODE: tl.constexpr, CUT: tl.constexpr, HALF_UP: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr, ADDED: tl.constexpr):
-    """(step p + shift - mid, in). CUT: planes that are cut off. HALF_UP: whether the first of these rounds what is left, up to TOP."""
+def _level(
+    w, s, z, MAX_CODE: tl.constexpr, CUT: tl.constexpr, HALF_UP: tl.constexpr, TOP: tl.constexpr, UNDER: tl.constexpr, STEP: tl.constexpr,
+    ADDED: tl.constexpr,
+):  # fmt: skip
+    """(step p + shift - mid, in, under). CUT: planes that are cut off. HALF_UP: whether the first of these rounds what is left, up to TOP, which
+    codes from UNDER would pass."""
     q = tl.floor(tl.div_rn(w, s[:, None]) + z[:, None] + 0.5)
     inside = (q >= 0) & (q <= MAX_CODE)
     code = tl.minimum(tl.maximum(q, 0.0), MAX_CODE * 1.0).to(tl.int32)
     p = code >> CUT
     if HALF_UP and CUT > 0:
         p = tl.minimum(p + ((code >> (CUT - 1)) & 1), TOP)
-    return p.to(tl.float32) * STEP + ADDED, inside
+    return p.to(tl.float32) * STEP + ADDED, inside, inside & (q < UNDER)
 
 
 @triton.jit
@@ -39,14 +43,14 @@ def _grid(scale, zero, m, u, rows, here, OWN: tl.constexpr):
 @no_type_check
 def read(
     w, scale, zero, m, u, out, groups, size, MID: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, MAX_CODE: tl.constexpr,
-    CUT: tl.constexpr, HALF_UP: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr, ADDED: tl.constexpr,
+    CUT: tl.constexpr, HALF_UP: tl.constexpr, TOP: tl.constexpr, UNDER: tl.constexpr, STEP: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """out = s (m level + mid - u). m, u: None unless OWN."""
     rows, columns = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS), tl.arange(0, PADDED)
     here = rows < groups
     at, inner = rows.to(tl.int64)[:, None] * size + columns[None, :], here[:, None] & (columns < size)[None, :]
     s, z, stretch, moved = _grid(scale, zero, m, u, rows, here, OWN)
-    level, _ = _level(tl.load(w + at, mask=inner, other=0.0), s, z, MAX_CODE, CUT, HALF_UP, TOP, STEP, ADDED)
+    level, _, _ = _level(tl.load(w + at, mask=inner, other=0.0), s, z, MAX_CODE, CUT, HALF_UP, TOP, UNDER, STEP, ADDED)
     tl.store(out + at, (level * stretch[:, None] + (MID - moved)[:, None]) * s[:, None], mask=inner)
 
 
@@ -54,7 +58,7 @@ def read(
 @no_type_check
 def gradients(
     w, scale, zero, m, u, g, dw, ds, dz, dm, du, groups, size, MID: tl.constexpr, OWN: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr,
-    MAX_CODE: tl.constexpr, CUT: tl.constexpr, HALF_UP: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr, ADDED: tl.constexpr,
+    MAX_CODE: tl.constexpr, CUT: tl.constexpr, HALF_UP: tl.constexpr, TOP: tl.constexpr, UNDER: tl.constexpr, STEP: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """Those of matquant.fake from g, that of the read. dm, du: None unless OWN; dw: None if it is not wanted; without them u is z, and dz is of both."""
     rows, columns = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS), tl.arange(0, PADDED)
@@ -62,10 +66,10 @@ def gradients(
     at, inner = rows.to(tl.int64)[:, None] * size + columns[None, :], here[:, None] & (columns < size)[None, :]
     s, z, stretch, moved = _grid(scale, zero, m, u, rows, here, OWN)
     weight, pull = tl.load(w + at, mask=inner, other=0.0), tl.load(g + at, mask=inner, other=0.0)
-    level, inside = _level(weight, s, z, MAX_CODE, CUT, HALF_UP, TOP, STEP, ADDED)
-    stops = tl.where(inside, pull, 0.0)
+    level, inside, under = _level(weight, s, z, MAX_CODE, CUT, HALF_UP, TOP, UNDER, STEP, ADDED)
     if dw is not None:
-        tl.store(dw + at, stops * stretch[:, None], mask=inner)
+        tl.store(dw + at, tl.where(inside, pull, 0.0) * stretch[:, None], mask=inner)
+    stops = tl.where(under, pull, 0.0)
     total, along, through = tl.sum(pull, 1), tl.sum(pull * level, 1), tl.sum(stops, 1)
     tl.store(ds + rows, stretch * along + (MID - moved) * total - stretch / s * tl.sum(stops * weight, 1), mask=here)
     if OWN:
