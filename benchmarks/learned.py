@@ -35,9 +35,9 @@ from matquant.working import saved_report
 WIDTHS = (8, 6, 4, 3, 2)
 DONE = "rows.json"  # in a run's folder, at its end
 LAMBDA = {8: 0.1, 4: 0.1, 2: 1.0}
-PAPER = {"bits": WIDTHS, "slicing": "round", "refit_bits": 0, "clip_search": False, "streams": (8,), "asymmetric_calibration": 0.0}
+PAPER = {"bits": WIDTHS, "slicing": "round", "refit_bits": 0, "clip_search": False, "streams": (), "asymmetric_calibration": 0.0}
 OMNIQUANT = PAPER | {"method": "omniquant", "normalize": False, "relative_tokens": False}
-QAT = PAPER | {"method": "qat", "learning_rate": 1e-4}  # ten times the paper's: budgets here are thousands of times smaller
+QAT = PAPER | {"method": "qat", "learning_rate": 5e-4}  # fifty times the paper's: budgets here are thousands of times smaller
 OURS = {"bits": WIDTHS}
 
 
@@ -65,6 +65,7 @@ def family(base: str, words: str, settings: dict[str, Any]) -> dict[str, Variant
 
 VARIANTS = {
     **family("omniquant", "OmniQuant", OMNIQUANT),
+    "omniquant-one-stream": Variant("MatQuant, OmniQuant, one stream of activations", OMNIQUANT | {"targets": LAMBDA, "streams": (8,)}),
     **family("qat", "QAT", QAT),
     "qat-8to2": Variant("MatQuant, QAT, [8, 4, 2, 8 -> 2]", QAT | {"targets": LAMBDA, "teachers": {2: 8}}),
     "qat-8to4-2": Variant("MatQuant, QAT, [8, 4, 2, 8 -> 4; 2]", QAT | {"targets": LAMBDA, "teachers": {4: 8, 2: 8}}),

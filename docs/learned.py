@@ -8,7 +8,7 @@ from tables import MEASURES, Values, collect, counts, load, name_of, ratios, tab
 from matquant.recipe import Recipe
 
 BASES, OURS = ("omniquant", "qat"), ("nested", "block")
-FAMILY = ("baseline", "sliced", "matquant", "single", "extra", "8to2", "8to4-2", "only-8to2", "weights", "balanced", "random", "ours")
+FAMILY = ("baseline", "sliced", "matquant", "single", "extra", "8to2", "8to4-2", "only-8to2", "weights", "balanced", "random", "one-stream", "ours")
 TUNED = "+tuned"  # behind a variant's name: its reads were tuned
 
 
