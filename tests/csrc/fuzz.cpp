@@ -191,6 +191,7 @@ int check_fake() {
     }
     mq_fake a{};
     a.groups = groups, a.size = size, a.max_code = 255, a.cut = 8 - bits, a.half_up = half_up, a.top = (1 << bits) - 1;
+    a.under = half_up && a.cut ? 256 - (1 << (a.cut - 1)) : 256;
     a.step = float(1 << a.cut), a.added = -100, a.mid = 127.5f, a.w = w.data(), a.scale = scale.data(), a.zero = zero.data();
     if (own) a.m = m.data(), a.u = u.data();
     std::vector<float> parts[4];
@@ -203,11 +204,11 @@ int check_fake() {
         for (size_t i = of * size_t(size); i < (of + 1) * size_t(size); ++i) {
             const bool inside = whole[i] >= 0 && whole[i] <= 255;
             const int64_t q = std::min<int64_t>(std::max<int64_t>(whole[i], 0), 255), cut = q >> a.cut;
-            const int64_t p = half_up && a.cut ? std::min<int64_t>(cut + ((q >> (a.cut - 1)) & 1), a.top) : cut;
-            const double level = double(a.step) * double(p) - 100, want = s * (stretch * level + moved), stop = inside ? g[i] : 0;
+            const int64_t up = half_up && a.cut ? cut + ((q >> (a.cut - 1)) & 1) : cut, p = std::min<int64_t>(up, a.top);
+            const double level = double(a.step) * double(p) - 100, want = s * (stretch * level + moved), stop = inside ? g[i] : 0, through = up > a.top ? 0 : stop;
             if (!(std::fabs(read[i] - want) <= 1e-4)) return std::printf("fake: read %g, want %g\n", read[i], want), 1;
             if (of_weight && !(std::fabs(dw[i] - stop * stretch) <= 1e-6)) return std::printf("fake: dw %g\n", dw[i]), 1;
-            ds += g[i] * (stretch * level + moved) - stretch / s * stop * w[i], dz += s * stretch * stop, dm += s * g[i] * level, du -= s * g[i];
+            ds += g[i] * (stretch * level + moved) - stretch / s * through * w[i], dz += s * stretch * through, dm += s * g[i] * level, du -= s * g[i];
         }
         const double wants[4] = {ds, own ? dz : dz + du, dm, du};
         for (size_t k = 0; k < (own ? 4 : 2); ++k)
