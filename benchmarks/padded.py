@@ -19,8 +19,7 @@ def padded(model: LlamaForCausalLM, size: int) -> MistralForCausalLM:
     one of Llama insists on channels that its heads divide."""
     old = model.config
     per_head = old.num_attention_heads // old.num_key_value_heads
-    step = math.lcm(size, per_head * old.head_dim) // (per_head * old.head_dim)
-    heads = up_to(old.num_key_value_heads, step)
+    heads = up_to(old.num_key_value_heads, size // math.gcd(size, per_head * old.head_dim))
     share = old.hidden_size / up_to(old.hidden_size, size)
     kept = ("vocab_size", "num_hidden_layers", "hidden_act", "max_position_embeddings", "tie_word_embeddings", "rope_parameters", "head_dim")
     config = MistralConfig(

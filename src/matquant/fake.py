@@ -130,9 +130,6 @@ def _level(w: Tensor, s: Tensor, z: Tensor, bits: int, grid: Grid, slicing: Slic
     q = t.add_(0.5).floor_()
     inside = (q >= 0) & (q <= grid.max_code)
     step, shift = read_rule(bits, grid, slicing)
-    codes = q.clamp_(0, grid.max_code).to(torch.uint8)
-    under = inside
-    if slicing == "round" and bits < grid.bits:
-        under = inside & (slice_codes(codes, bits, grid, "round-overflow") < 2**bits)
-    p = slice_codes(codes, bits, grid, slicing)
+    under = inside & (q < grid.max_code + 1 - step / 2) if slicing == "round" and bits < grid.bits else inside
+    p = slice_codes(q.clamp_(0, grid.max_code).to(torch.uint8), bits, grid, slicing)
     return p.float().mul_(step).add_(shift - grid.max_code / 2), inside, under

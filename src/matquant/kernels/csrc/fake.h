@@ -12,7 +12,7 @@ extern "C" {
 
 struct mq_fake {
     int64_t groups, size;                        // weights of a group lie one after another
-    int64_t max_code, cut, half_up, top, under;  // top: what rounding up may reach; under: the first code from which it would be more
+    int64_t max_code, cut, half_up, top, under;  // top: what rounding up may reach; under: the first code that a clamp changes
     float step, added, mid;
     const float *w;                              // [group][size]
     const float *scale, *zero, *m, *u;           // [group]; m and u null: 1 and zero
