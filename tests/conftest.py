@@ -5,6 +5,7 @@ them take the `data` fixture and are skipped, with the reason, where the folder 
 """
 
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -41,6 +43,24 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"needs real models and texts in {DATA} (set MATQUANT_DATA)")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """load_script("benchmarks/padded.py") -> that file, which no package holds, as a module; it finds what lies beside it."""
+
+    def load(path: str) -> ModuleType:
+        file = REPO / path
+        spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(file.parent))
+            patch.setitem(sys.modules, spec.name, module)  # dataclasses look themselves up there, while they are made
+            spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 def save_byte_tokenizer(folder: Path) -> None:

@@ -1,17 +1,14 @@
 """Prose that can be run is run: commands parse, snippets compile, links lead somewhere, tables are those that the code makes."""
 
 import ast
-import importlib.util
 import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import typer
@@ -30,13 +27,9 @@ RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
 
-def load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_docs", REPO / "docs" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with patch.object(sys, "path", [str(REPO / "docs"), *sys.path]):
-        spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def generator(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("docs/generate.py")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -99,13 +92,13 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/CLI.md", "docs/GPU.md", "docs/RESULTS.md"])
-def test_generated_parts_are_up_to_date(name: str) -> None:
+def test_generated_parts_are_up_to_date(name: str, generator: ModuleType) -> None:
     text = (REPO / name).read_text()
     assert "<!-- generated:" in text
-    assert load_generator().regenerate(text) == text, f"{name} is out of date; run `make docs`"
+    assert generator.regenerate(text) == text, f"{name} is out of date; run `make docs`"
 
 
-def test_other_packages_are_compared_at_their_width_or_with_our_widest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_packages_are_compared_at_their_width_or_with_our_widest(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(bits: int, words: str, rate: float) -> dict[str, Any]:
         rates = {"decode": rate, "prefill": rate}
         return {"bits": bits, "words": words, "read_bytes": 1, "median": rates, "best": rates}
@@ -118,7 +111,7 @@ def test_other_packages_are_compared_at_their_width_or_with_our_widest(monkeypat
         "runs": runs,
     }
     machine = {"processor": "", "isa": "", "llama.cpp": "", "packages": {"openvino-4": {"openvino": "1.2"}}}
-    serving = load_generator().serving
+    serving = generator.serving
     monkeypatch.setitem(serving.__globals__, "load", lambda model, kind: stored | {"machine": machine, "skipped": {"torchao-4": "not there"}})
     text = serving("any")
     shown = [[cell.strip() for cell in line.split("|")[1:5]] for line in text.splitlines() if line.startswith("| ")][2:]

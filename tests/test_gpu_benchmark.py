@@ -1,8 +1,7 @@
 """benchmarks/gpu runs from end to end on tiny sizes, interpreted where there is no CUDA: all its branches but the peers'."""
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,17 +12,10 @@ from triton_mode import CUDA, DEVICE
 from matquant.kernels.gpu import table, tune
 from matquant.kernels.gpu.table import Config
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"
-
 
 @pytest.fixture(scope="module")
-def products() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_products", FOLDER / "products.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+def products(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("benchmarks/gpu/products.py")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """benchmarks/padded.py: a model with more channels computes the same."""
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -10,12 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("padded", Path(__file__).parent.parent / "benchmarks" / "padded.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("benchmarks/padded.py")
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "tied"), [(9, 3, True), (4, 4, False), (6, 2, False)])

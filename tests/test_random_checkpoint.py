@@ -1,8 +1,7 @@
 """benchmarks/random_checkpoint.py makes sound checkpoints that the engine reads at every width."""
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,14 +14,8 @@ from matquant.engine import Engine
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "random_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("random_checkpoint", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["random_checkpoint"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("benchmarks/random_checkpoint.py")
 
 
 @pytest.mark.parametrize("tied", [False, True])
