@@ -1,7 +1,7 @@
 """Whole-model quality of nested checkpoints against their rivals, at every width, on the same tokens.
 
     python benchmarks/quality.py MODEL --out results.json --group-size 64 --calibration FILE|self --text FILE|self [--text FILE ...]
-        [--num-samples 32] [--eval-samples 16] [--seq-len 512] [--seeds 0 1 2] [--only NAME ...]
+        [--num-samples 32] [--eval-samples 16] [--seq-len 512] [--seeds 0 1 2] [--only NAME ...] [--measure 8]
 
 Variants are the rows of VARIANTS. Dedicated ones make one run for each width. Codes of methods without sweeps do not depend on
 refits, so these are measured without refits and with them. Every seed takes other calibration sequences; the texts measured on stay.
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -126,8 +127,8 @@ class Bench:
 
         self.perplexity = {text: measure(forward, remember, held, [], None)[0].perplexity for text, held in texts.items()}
 
-    def run(self, recipe: Recipe, train: torch.Tensor, folder: Path, keep: bool = False) -> list[dict[str, Any]]:
-        """Rows {text, bits, refit, bits_per_weight, perplexity, kl, top1, quantize_seconds} of one recipe.
+    def run(self, recipe: Recipe, train: torch.Tensor, folder: Path, keep: bool = False, widths: Sequence[int] = ALL_WIDTHS) -> list[dict[str, Any]]:
+        """Rows {text, bits, refit, bits_per_weight, perplexity, kl, top1, quantize_seconds} of one recipe, at those of its widths that are in `widths`.
 
         folder: for finished blocks, from which a run that was killed goes on; its seconds are then null. keep: leave them there.
         """
@@ -151,7 +152,7 @@ class Bench:
             state = {"modules": originals}
             settings, labels = [], []
             for refits in (False, True) if both else (bool(recipe.layout.refit_widths),):
-                for bits in recipe.bits:
+                for bits in [r for r in recipe.bits if r in widths]:
                     if refits and both and bits not in recipe.layout.refit_widths:
                         continue
                     layout = recipe.layout if refits else replace(recipe.layout, refit_widths=())
@@ -233,6 +234,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--keep", action="store_true", help="leave the finished blocks beside --out, for another benchmark to go on from")
+    parser.add_argument("--measure", type=int, nargs="*", default=list(ALL_WIDTHS), metavar="BITS", help="measure at no other widths")
     parser.add_argument("--only", nargs="*", default=["rtn", "gptq", "matgptq-348", "matgptq-2348", "nested"], choices=list(VARIANTS))
     return parser.parse_args()
 
@@ -264,7 +266,8 @@ def main() -> None:
                 continue
             rows = []
             for recipe in recipes(variant, {"group_size": options.group_size}):
-                rows += bench.run(recipe, train, options.out.with_suffix(".work") / f"{name}-{seed}-{recipe.hash[:12]}", options.keep)
+                folder = options.out.with_suffix(".work") / f"{name}-{seed}-{recipe.hash[:12]}"
+                rows += bench.run(recipe, train, folder, options.keep, options.measure)
                 print(key, [(row["bits"], round(row["kl"], 4)) for row in rows[-7:]], flush=True)
             run = {"words": variant.words, "command": command(), "machine": machine(), "settings": variant.settings, "rows": rows}
             written = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}  # another process may have added to it

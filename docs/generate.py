@@ -2,7 +2,7 @@
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is `flags COMMAND` (from the command line
 itself), `exit codes` (from errors.py), `results` (from benchmarks/results/readme.json: {"caption", "rows"}, rows as
-`matquant eval --json` prints them), `quality MODEL`, `ablation MODEL`, `favor MODEL` (from benchmarks/results/quality-MODEL.json,
+`matquant eval --json` prints them), `quality MODEL`, `ablation MODEL`, `favor MODEL`, `closer NAME` (from benchmarks/results/quality-MODEL.json,
 benchmarks/quality.py), `peers MODEL` (peers-MODEL.json, benchmarks/peers.py), `speed MODEL` (speed-MODEL.json, benchmarks/speed.py), `serving MODEL`
 (serving-MODEL.json, benchmarks/serving.py), `drafts MODEL` (drafts-MODEL.json, benchmarks/drafts.py), `plans MODEL` (plans-MODEL.json, benchmarks/plans.py),
 `learned MODEL` (learned-MODEL.json, benchmarks/learned.py) or `gpu NAME` (gpu-NAME.json, benchmarks/gpu).
@@ -17,7 +17,7 @@ from typing import Any
 import typer
 from learned import learned
 from speeds import drafts, gpu, serving, speed
-from tables import MEASURES, REPO, counts, kl_words, load, markdown, name_of, ratios, table, thousandths, variants
+from tables import MEASURES, REPO, counts, kl_words, load, markdown, name_of, ratios, spread, table, thousandths, variants
 
 from matquant import errors
 from matquant.cli import BUG, INTERRUPTED, application
@@ -103,6 +103,24 @@ def quality(model: str) -> str:
             f"KL over that of classic GPTQ dedicated to the width (mean over seeds and texts):\n\n{ratios(runs, QUALITY_ORDER, 'gptq', list(stored['original']))}"
         )
     return "\n".join(parts)
+
+
+def closer(name: str) -> str:
+    """KL and what perplexity it costs, of runs measured on more tokens: every seed, and their mean."""
+    stored = load(name)
+    setting, runs, original = stored["setting"], stored["runs"], stored["original"]
+    rows = []
+    for words, values in variants(stored).values():
+        for (text, bits), of in values.items():
+            costs = [100 * (value / original[text] - 1) for value in of["perplexity"]]
+            percent = [f"{cost:+.2f} %" for cost in (sum(costs) / len(costs), *costs)]
+            rows.append([words, str(bits), name_of(text), spread(of["kl"], kl_words), percent[0], ", ".join(percent[1:])])
+    commands = dict.fromkeys(run["command"] for run in runs.values())
+    return (
+        "\n".join(f"    {command}" for command in commands)
+        + f"\n\nGroups of {setting['group_size']}, measured on {counts(setting['held_out'])} of each text.\n\n"
+        + markdown(["", "bits", "text", "KL", "perplexity over the original's", "of each seed"], rows)
+    )
 
 
 def ablation(model: str) -> str:
@@ -214,6 +232,7 @@ PARTS = {
     "quality": quality,
     "ablation": ablation,
     "favor": favor,
+    "closer": closer,
     "peers": peers,
     "speed": speed,
     "serving": serving,
