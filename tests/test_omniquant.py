@@ -16,7 +16,7 @@ from matquant.checkpoint import verify
 from matquant.codes import SLICINGS, Slicing, fit_grid, nearest_code, read_rule, slice_codes
 from matquant.errors import RecipeError
 from matquant.models import get_weight
-from matquant.omniquant import START, Clipping, Fold, find_folds, transformed
+from matquant.omniquant import START, Clipping, Fold, find_folds, reach, transformed
 from matquant.pipeline import RunOptions, quantize
 from matquant.recipe import Recipe
 from matquant.weight import NestedWeight
@@ -83,12 +83,32 @@ def start(parent: int, symmetric: bool, slicing: Slicing, shrink: float) -> tupl
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_clipping_begins_at_the_grid_and_reads_as_its_integers(symmetric: bool, slicing: Slicing) -> None:
     w, weight = start(8, symmetric, slicing, 0.7)
-    clipping = Clipping(weight, w, (2,))
+    clipping = Clipping(weight, w, (2,), 2)
     assert torch.allclose(clipping.grid(w)[0], weight.scale.float(), rtol=0.02)
-    whole = Clipping(start(8, symmetric, slicing, 1.0)[1], w, ())
+    whole = Clipping(start(8, symmetric, slicing, 1.0)[1], w, (), 8)
     assert float(whole.gamma.detach().max()) == pytest.approx(START, abs=1e-3)
     for bits in (8, 4, 2):
         assert torch.allclose(clipping.read(w, bits), clipping.frozen(w).read(bits).dense(), atol=1e-6)
+
+
+def test_how_wide_a_range_may_be() -> None:
+    """2 of 8 bits: levels 64 apart, or 0 to 256 with an overflow, which no range needs to grow for."""
+    wide = make_grid(8, 8, False)
+    found = {(slicing, bits): reach(bits, wide, slicing) for slicing in SLICINGS for bits in (8, 3, 2)}
+    spans = {2: 192, 3: 224, 8: 255}
+    assert found == {(slicing, bits): 1.0 if slicing == "round-overflow" else 255 / spans[bits] for slicing, bits in found}
+    assert reach(2, make_grid(2, 8, False), "floor") == 1.0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_range_may_grow_until_narrow_levels_span_it(symmetric: bool) -> None:
+    w, weight = start(8, symmetric, "round", 1.0)
+    clipping = Clipping(weight, w, (), 2)
+    assert torch.allclose(clipping.grid(w)[0], weight.scale.float(), rtol=0.01)  # begins where the weights end
+    with torch.no_grad():
+        for share in (clipping.gamma, clipping.beta):
+            share.fill_(20.0)
+    assert torch.allclose(clipping.grid(w)[0], weight.scale.float() * (255 / 192), rtol=0.01)
 
 
 @pytest.mark.parametrize("shrink", [0.7, 1.0])  # weights beyond the range; within it, and above the last border of 2 bits
@@ -98,7 +118,7 @@ def test_gradients_of_gamma_and_beta_by_hand(slicing: Slicing, bits: int, shrink
     """One group. dL/dgamma = dL/ds max sigma' / (2^c - 1) + dL/dz (the same through z = -low / s), and so on; weight by weight."""
     w, weight = start(8, False, slicing, shrink)
     w, weight = w[:1, :8], NestedWeight(weight.codes[:1, :8], weight.scale[:1, :1], weight.zero[:1, :1], make_grid(8, 8, False), slicing)  # pyright: ignore
-    clipping = Clipping(weight, w, ())
+    clipping = Clipping(weight, w, (), 2)
     (s,), (z,) = (part.detach()[0].tolist() for part in clipping.grid(w))
     step, shift = read_rule(bits, weight.grid, slicing)
     along = torch.arange(1, 9).float()
@@ -111,7 +131,7 @@ def test_gradients_of_gamma_and_beta_by_hand(slicing: Slicing, bits: int, shrink
         ds += factor * (step * p + shift - z - under * value / s)
         dz += factor * (s * under - s)
     sigma = lambda x: float(x.detach().sigmoid())  # noqa: E731
-    low, high = float(w.min()), float(w.max())
+    low, high = (float(edge) * reach(2, weight.grid, slicing) for edge in (w.min(), w.max()))
     for parameter, edge, sign in ((clipping.gamma, high, 1.0), (clipping.beta, low, -1.0)):
         slope = edge * sigma(parameter) * (1 - sigma(parameter))  # of this end of the range
         scale = sign * slope / 255

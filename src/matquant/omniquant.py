@@ -8,6 +8,9 @@
 of all layers of a block at once, for all targets (MatQuant, https://arxiv.org/abs/2502.06786, section 3.2). Weights stay as they are but for
 rounding; both roundings pass gradients straight through (fake.py). Reads of narrow widths learn along (trainable.py).
 
+What we change: ranges may grow, up to `reach` times what the sigmoids give. The levels of a narrow read take less than the whole range (2 bits cut
+by rounding 192 of 255 steps), and a range that can only shrink would never put one on the largest weights, which carry most in many groups.
+
 The transform costs nothing when the model runs, because what makes the inputs takes over the other half: a norm its weight over s and its
 bias minus delta over s, a linear layer its rows over s. Whether it can is not looked up but tried: where a random s, divided out, leaves the
 block's output as it was, it can (`find_folds`). Shifts need biases on both sides.
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 
 from matquant import models
 from matquant.activations import Call
-from matquant.codes import nearest_code
+from matquant.codes import Grid, Slicing, nearest_code, read_rule, slice_codes
 from matquant.fake import fake_read, rounded, snapped
 from matquant.recipe import Recipe
 from matquant.refine import Trainer, split
@@ -111,20 +114,31 @@ def transformed(block: nn.Module, layers: Mapping[str, nn.Module], weights: Mapp
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+def reach(bits: int, grid: Grid, slicing: Slicing) -> float:
+    """How wide a range may be, in ranges of the weights: until the levels read at `bits` lie as far apart as the smallest and the largest weight."""
+    levels = slice_codes(torch.tensor([0, grid.max_code], dtype=torch.uint8), bits, grid, slicing).float()
+    step, _ = read_rule(bits, grid, slicing)
+    return max(grid.max_code / (float(levels[1] - levels[0]) * step), 1.0)
+
+
 class Clipping(nn.Module):
     """The range of each group of one layer, as shares of what its weights span, and the reads of narrow widths."""
 
-    def __init__(self, start: NestedWeight, w: Float[Tensor, "out in"], widths: Sequence[int]) -> None:
-        """start: its grid is where the shares begin, as far as a sigmoid goes. w: the weights that it was made for."""
+    def __init__(self, start: NestedWeight, w: Float[Tensor, "out in"], widths: Sequence[int], narrowest: int) -> None:
+        """start: its grid is where the shares begin, as far as a sigmoid goes. w: the weights that it was made for.
+
+        widths: those with reads of their own. narrowest: of the targets.
+        """
         super().__init__()
         self.rule, self.dtype = (start.grid, start.slicing), start.scale.dtype
+        self.reach = reach(narrowest, start.grid, start.slicing)
         wg, scale, zero = w.reshape(*start.scale.shape, -1), start.scale.float(), zero_of(start)
         low, high = (-wg.amin(-1)).clamp(min=0), wg.amax(-1).clamp(min=0)
         if start.grid.symmetric:
             low = high = torch.maximum(low, high)
             zero = torch.full_like(scale, start.grid.max_code / 2)
         top = torch.tensor(START).sigmoid().item()
-        shares = ((start.grid.max_code - zero) * scale / high, zero * scale / low)
+        shares = ((start.grid.max_code - zero) * scale / (high * self.reach), zero * scale / (low * self.reach))
         gamma, beta = (share.nan_to_num(1.0, 1.0).clamp(1 - top, top).logit() for share in shares)
         self.gamma, self.beta = nn.Parameter(gamma), nn.Parameter(beta)
         self.reads = Reads(start, widths)
@@ -134,7 +148,7 @@ class Clipping(nn.Module):
         grid = self.rule[0]
         wg = w.reshape(*self.gamma.shape, -1)
         lowest, highest = wg.min(-1).values, wg.max(-1).values  # not amin and amax, whose way back makes masks of all weights
-        low, high = lowest.clamp(max=0) * self.beta.sigmoid(), highest.clamp(min=0) * self.gamma.sigmoid()
+        low, high = lowest.clamp(max=0) * (self.beta.sigmoid() * self.reach), highest.clamp(min=0) * (self.gamma.sigmoid() * self.reach)
         if grid.symmetric:
             scale = snapped(torch.maximum(high, -low) * (2 / grid.max_code), self.dtype)
             return scale, torch.full_like(scale, grid.center)
@@ -195,7 +209,9 @@ class Learner:
         hidden = trainer.streams[max(recipe.targets)][:1]
         folds = trainer.world.same(find_folds(trainer.block, trainer.call, hidden, trainer.layers, groups) if recipe.transform else [])
         device = next(iter(self.weights.values())).device
-        clippings = {name: Clipping(start, self.weights[name], recipe.layout.refit_widths) for name, start in self.starts.items()}
+        clippings = {
+            name: Clipping(start, self.weights[name], recipe.layout.refit_widths, min(recipe.targets)) for name, start in self.starts.items()
+        }
         transforms = {fold: Transform(self.weights[fold.consumers[0]].shape[1], fold.shift, device) for fold in folds}
         _, held = split(len(trainer.goal))
         before = {r: trainer.held(self.starts, r, held) for r in recipe.targets}
