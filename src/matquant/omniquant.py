@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from matquant import models
 from matquant.activations import Call
-from matquant.codes import Grid, Slicing, nearest_code, read_rule, slice_codes
+from matquant.codes import Grid, Slicing, levels, nearest_code
 from matquant.fake import fake_read, rounded, snapped
 from matquant.recipe import Recipe
 from matquant.refine import Trainer, split
@@ -116,9 +116,8 @@ def transformed(block: nn.Module, layers: Mapping[str, nn.Module], weights: Mapp
 
 def reach(bits: int, grid: Grid, slicing: Slicing) -> float:
     """How wide a range may be, in ranges of the weights: until the levels read at `bits` lie as far apart as the smallest and the largest weight."""
-    levels = slice_codes(torch.tensor([0, grid.max_code], dtype=torch.uint8), bits, grid, slicing).float()
-    step, _ = read_rule(bits, grid, slicing)
-    return max(grid.max_code / (float(levels[1] - levels[0]) * step), 1.0)
+    reads = levels(bits, grid, slicing)
+    return max(grid.max_code / float(reads[-1] - reads[0]), 1.0)
 
 
 class Clipping(nn.Module):
