@@ -136,11 +136,11 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "head_bits": "5", "refit_bits": "4", "feedback": "mean", "damping": "0.5", "calibration": "x.txt", "num_samples": "3", "seq_len": "9", "eval_samples": "0", "seed": "7",
         "favor": "4,2", "streams": "6", "stream_samples": "2", "asymmetric_calibration": "0.25", "sweeps": "1", "refine_steps": "5", "refine_tokens": "3", "refine_reach": "0.5",
         "refine_dtype": "bfloat16", "finetune_reads": "9", "finetune_rate": "0.01", "train_text": "y.txt", "train_tokens": "8", "batch_tokens": "4", "train_dtype": "bfloat16",
-        "learning_rate": "0.1", "warmup": "0.5", "decay": "constant", "weight_decay": "0.2", "teachers": "2:4,4:0", "divergence": "mse", "temperature": "2", "epochs": "3", "clip_rate": "0.5", "transform_rate": "0.2",
+        "learning_rate": "0.1", "warmup": "0.5", "decay": "constant", "weight_decay": "0.2", "teachers": "2:4,4:0", "divergence": "mse", "temperature": "2", "epochs": "3", "clip_rate": "0.5", "transform_rate": "0.2", "token_power": "0.25",
     }  # fmt: skip
     switches = [
         "--no-symmetric", "--no-overlap", "--no-clip-search", "--no-act-order", "--no-static-groups", "--no-rotate", "--no-normalize",
-        "--no-learn-scales", "--no-teachers-only", "--no-balance-gradients", "--no-random-width", "--no-transform", "--no-relative-tokens",
+        "--no-learn-scales", "--no-teachers-only", "--no-balance-gradients", "--no-random-width", "--no-transform",
     ]  # fmt: skip
     given = [word for name, value in values.items() for word in (flags.flag_name(name), value)]
     recipe = recipe_of(monkeypatch, *given, *switches, "--skip", "*.o_proj", "--skip", "lm_head")
@@ -153,7 +153,7 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         num_samples=3, seq_len=9, eval_samples=0, seed=7, finetune_reads=9, finetune_rate=0.01, train_text="y.txt", train_tokens=8, batch_tokens=4,
         train_dtype="bfloat16", learning_rate=0.1, warmup=0.5, decay="constant", weight_decay=0.2, teachers={4: 0, 2: 4}, divergence="mse", temperature=2.0,
         learn_scales=False,
-        epochs=3, clip_rate=0.5, transform=False, transform_rate=0.2, relative_tokens=False,
+        epochs=3, clip_rate=0.5, transform=False, transform_rate=0.2, token_power=0.25,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from matquant.errors import RecipeError
 from matquant.models import get_weight
 from matquant.omniquant import START, Clipping, Fold, find_folds, reach, transformed
 from matquant.pipeline import RunOptions, quantize
-from matquant.recipe import Recipe
+from matquant.recipe import Decay, Recipe
 from matquant.weight import NestedWeight
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -171,6 +171,23 @@ def test_interrupted_and_resumed(tiny: Tiny, omniquant: Recipe, tmp_path: Path, 
     assert sums(tmp_path / "cut") == sums(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("decay", "shares"), [("cosine", (1.0, 0.75, 0.25)), ("constant", (1.0, 1.0, 1.0))])
+def test_rates_fall_unless_told_otherwise(
+    decay: Decay, shares: tuple[float, ...], tiny: Tiny, omniquant: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[tuple[float, ...]] = []
+
+    class Recorded(torch.optim.AdamW):
+        def step(self, closure: None = None) -> None:
+            rates.append(tuple(group["lr"] for group in self.param_groups))
+            super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    quantize(str(tiny("llama")), tmp_path / "out", replace(omniquant, decay=decay, epochs=3, refine_tokens=10**6), RunOptions())
+    first = omniquant.clip_rate, omniquant.finetune_rate, omniquant.transform_rate
+    assert rates == [pytest.approx([rate * share for rate in first]) for share in shares] * 2  # an epoch is a step here; two blocks
+
+
 def test_without_transforms_norms_stay(tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
     report = quantize(str(tiny("llama")), tmp_path / "out", replace(omniquant, transform=False), RunOptions())
     tensors, before = (dict(models.SafetensorsFiles(sorted(folder.glob("*.safetensors")))) for folder in (tmp_path / "out", tiny("llama")))
@@ -178,14 +195,28 @@ def test_without_transforms_norms_stay(tiny: Tiny, omniquant: Recipe, tmp_path: 
     assert any(note.startswith("clipping learned; ") for layer in report.layers for note in layer.notes)
 
 
-def test_what_diverges_or_gets_worse_keeps_its_grids(tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rate", "tries"),
+    [
+        (3.0, ["learned clipping was worse", "learned clipping at 0.25 of the rates was worse", "learned clipping at 0.0625 of the rates was worse"]),
+        (1e10, ["learned clipping diverged", "learned clipping at 0.25 of the rates diverged", "learned clipping at 0.0625 of the rates diverged"]),
+    ],
+)
+def test_what_diverges_or_gets_worse_keeps_its_grids(rate: float, tries: list[str], tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
     start = quantize(str(tiny("llama")), tmp_path / "start", replace(omniquant, method="minmax", refit_bits=0), RunOptions())
-    for rate, words in ((3.0, "learned clipping was worse on sequences held out ("), (1e10, "learned clipping diverged")):
-        wild = replace(omniquant, transform_rate=rate, clip_rate=rate, refit_bits=0, finetune_rate=rate)
-        report = quantize(str(tiny("llama")), tmp_path / f"{rate:g}", wild, RunOptions())
-        notes = [note for layer in report.layers for note in layer.notes]
-        assert len(notes) == 2 and all(note.startswith(words) for note in notes)
-        assert [row.kl for row in report.rows] == [row.kl for row in start.rows]
+    wild = replace(omniquant, transform_rate=rate, clip_rate=rate, refit_bits=0, finetune_rate=rate)
+    report = quantize(str(tiny("llama")), tmp_path / "wild", wild, RunOptions())
+    notes = [note for layer in report.layers for note in layer.notes]
+    expected = [*tries, "the block keeps the grids that it started from"] * 2
+    assert len(notes) == len(expected) and all(note.startswith(words) for note, words in zip(notes, expected, strict=True))
+    assert [row.kl for row in report.rows] == [row.kl for row in start.rows]
+
+
+def test_a_block_that_got_worse_is_learned_again_at_lower_rates(tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
+    report = quantize(str(tiny("llama")), tmp_path / "out", replace(omniquant, transform_rate=0.008, clip_rate=0.008), RunOptions())
+    notes = [note for layer in report.layers for note in layer.notes]
+    assert notes[0].startswith("learned clipping was worse on sequences held out (")
+    assert notes[1].startswith("clipping learned at 0.25 of the rates, 3 transforms; loss on sequences held out, of the loss before: ")
 
 
 def test_overlap_is_refused() -> None:

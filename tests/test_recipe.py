@@ -14,7 +14,7 @@ from matquant.errors import MatquantError, RecipeError
 from matquant.recipe import ORIGINAL, Recipe
 
 # A change here means that finished checkpoints name another recipe than a new run with the same words: say so in CHANGELOG.
-DEFAULT_HASH = "45770c581e3c0bcfc990a4d34c649863b35fd1ada6102779bd2f489ebbf03daf"
+DEFAULT_HASH = "a73b683885a76b76ea8483c8489a5155dbad10eecbc904ee5b90ff6608f73750"
 
 OTHER = Recipe(
     method="minmax", bits=(2, 4), targets={4: 1, 2: 3}, parent_bits=4, group_size=-1, symmetric=True, slicing="round", scale_dtype="bfloat16",
@@ -132,6 +132,7 @@ def test_every_field_says_what_it_is() -> None:
         ({"streams": [1]}, "cannot read 1 bits"),
         ({"streams": [2.5]}, r"streams is \[2.5\]; it must look like"),
         ({"asymmetric_calibration": -0.1}, "asymmetric_calibration is -0.1"),
+        ({"token_power": 1.01}, "token_power is 1.01; it must be from 0 to 1"),
         ({"asymmetric_calibration": float("nan")}, "asymmetric_calibration is nan"),
         ({"refit_bits": -1}, "refit_bits is -1; it must be at least 0"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
@@ -139,7 +140,7 @@ def test_every_field_says_what_it_is() -> None:
         ({"damping": 0}, "damping is 0.0; it must be a positive number"),
         ({"damping": float("nan")}, "damping is nan; it must be a positive number"),
         ({"damping": True}, "damping is True; it must look like 0.01"),
-        ({"asymmetric_calibration": 1.5}, "asymmetric_calibration is 1.5; it must be a share from 0 to 1"),
+        ({"asymmetric_calibration": 1.5}, "asymmetric_calibration is 1.5; it must be from 0 to 1"),
         ({"favor": [5]}, "favor names 5 bits, which is no target; choose from 8, 6, 4, 3, 2"),
         ({"favor": "4"}, "favor is '4'; it must look like .*a list"),
         ({"streams": [9]}, "cannot read 9 bits"),

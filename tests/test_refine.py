@@ -115,6 +115,19 @@ def test_every_low_width_gets_better_on_sequences_it_has_not_seen(dtype: str) ->
     assert any(not torch.equal(weight.codes, weights[name].codes) for name, weight in refined.weights.items())
 
 
+@pytest.mark.parametrize("exponent", [1.0, 0.5, 0.0])
+def test_errors_count_over_a_power_of_the_tokens_power(exponent: float) -> None:
+    trainer, weights = setting()
+    reads = {f"{name}.weight": weight.read(2).dense() for name, weight in weights.items()}
+    output = torch.cat([trainer.call.with_weights(trainer.block, reads, x[None]) for x in trainer.streams[2]])
+    expected = sum(
+        float((y - goal).double().square().sum() / goal.double().square().sum() ** exponent)
+        for ys, goals in zip(output, trainer.goal, strict=True)
+        for y, goal in zip(ys, goals, strict=True)
+    )
+    assert replace(trainer, power=exponent).held(weights, 2, list(range(len(output)))) == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_loss_counts_every_token_alike() -> None:
     trainer, weights = setting()
     loud = replace(trainer, streams={2: trainer.streams[2].clone()}, goal=trainer.goal.clone())

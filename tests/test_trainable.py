@@ -54,7 +54,7 @@ def test_a_tuned_layer_is_what_its_refits_read(parent: int, symmetric: bool, sli
 @pytest.mark.parametrize(("parent", "symmetric", "slicing"), RULES)
 def test_a_trained_layer_is_what_its_integers_read(parent: int, symmetric: bool, slicing: Slicing, learn_scales: bool) -> None:
     w, weight = start(parent, symmetric, slicing)
-    layer = TrainedLinear(w.clone(), weight, (2,), learn_scales)
+    layer = TrainedLinear(w.clone(), weight, (2,), 2, learn_scales)
     widths = [r for r in (8, 6, 4, 3, 2) if r <= parent]
     for bits in widths:
         assert torch.allclose(layer.weight_at(bits), weight.read(bits).dense(), atol=1e-6)
@@ -75,7 +75,7 @@ def test_a_trained_layer_is_what_its_integers_read(parent: int, symmetric: bool,
 def test_gradients_reach_what_is_trained_and_nothing_else() -> None:
     w, weight = start(8, False, "floor")
     x = torch.randn(3, 32)
-    trained, alone, tuned = TrainedLinear(w, weight, (2,), True), TrainedLinear(w, weight, (2,), False), TunedLinear(weight, (2,))
+    trained, alone, tuned = TrainedLinear(w, weight, (2,), 2, True), TrainedLinear(w, weight, (2,), 2, False), TunedLinear(weight, (2,))
     assert {n for n, p in trained.named_parameters() if p.requires_grad} == {"weight", "ratio", "zero", "reads.reach.2", "reads.v.2"}
     assert {n for n, p in alone.named_parameters() if p.requires_grad} == {"weight"}
     assert {n for n, p in tuned.named_parameters() if p.requires_grad} == {"reads.reach.2", "reads.v.2"}
@@ -102,6 +102,19 @@ def test_a_step_of_the_optimizer_moves_codes_as_far_at_every_width(bits: int) ->
     assert u.amax() / 2 ** (8 - bits) == pytest.approx(rate, abs=0.1)
 
 
+@pytest.mark.parametrize("narrowest", [8, 4, 2])
+def test_a_zero_moves_by_steps_of_the_narrowest_width(narrowest: int) -> None:
+    w, weight = start(8, False, "round")
+    assert weight.zero is not None
+    layer, rate = TrainedLinear(w, weight, (), narrowest, True), 0.5
+    optimizer = torch.optim.Adam([layer.zero], lr=rate)
+    layer.zero.sum().backward()
+    optimizer.step()
+    zero = layer.frozen().zero
+    assert zero is not None
+    assert torch.allclose(weight.zero.float() - zero.float(), torch.full(zero.shape, rate * 2.0 ** (8 - narrowest)), atol=0.5)
+
+
 def test_widths_by_name() -> None:
     _, weight = start(8, False, "floor")
     layers = {"a": TunedLinear(weight, (2,)), "b": TunedLinear(weight, (2,))}
@@ -123,7 +136,7 @@ def test_the_same_outputs_as_the_layer_of_the_checkpoint() -> None:
 
 def test_computes_in_what_it_is_given() -> None:
     w, weight = start(8, False, "floor", torch.float32)
-    for layer in (TunedLinear(weight, (2,)), TrainedLinear(w, weight, (2,), True)):
+    for layer in (TunedLinear(weight, (2,)), TrainedLinear(w, weight, (2,), 2, True)):
         layer.bits = 2
         assert layer(torch.randn(3, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16):

@@ -38,7 +38,7 @@ def small_model() -> tuple[Any, dict[str, nn.Module]]:
         s, z = fit_grid(grouped, GRID, torch.float16)
         assert z is not None
         codes = nearest_code(grouped / s[..., None] + z[..., None], GRID).reshape(w.shape)
-        layers[name] = TrainedLinear(w, NestedWeight(codes, s.half(), z.to(torch.uint8), GRID, "floor"), (4, 2), learn_scales=True)
+        layers[name] = TrainedLinear(w, NestedWeight(codes, s.half(), z.to(torch.uint8), GRID, "floor"), (4, 2), narrowest=2, learn_scales=True)
         model.set_submodule(name, layers[name])
     return model, layers
 

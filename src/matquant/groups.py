@@ -125,7 +125,7 @@ class BlockState:
         layers = {self._local(name): layer for name, layer in self.layers.items()}
         goal, dtype = self.streams[ORIGINAL][: len(self.original)], getattr(torch, recipe.refine_dtype)
         together = self.call.takes_many(self.block, self.original)
-        return Trainer(self.block, self.call, layers, streams, goal, together, dtype, recipe.relative_tokens, self.world)
+        return Trainer(self.block, self.call, layers, streams, goal, together, dtype, recipe.token_power, self.world)
 
     def _learn(self, results: Results) -> Results:
         """Learn the ranges of all layers, and what their inputs' makers can take over (omniquant.py). Errors are of the weights that it ends with."""

@@ -10,13 +10,14 @@ rounding; both roundings pass gradients straight through (fake.py). Reads of nar
 
 What we change: ranges may grow, up to `reach` times what the sigmoids give. The levels of a narrow read take less than the whole range (2 bits cut
 by rounding 192 of 255 steps), and a range that can only shrink would never put one on the largest weights, which carry most in many groups.
+Learning rates fall, unless `decay` is constant, as there.
 
 The transform costs nothing when the model runs, because what makes the inputs takes over the other half: a norm its weight over s and its
 bias minus delta over s, a linear layer its rows over s. Whether it can is not looked up but tried: where a random s, divided out, leaves the
 block's output as it was, it can (`find_folds`). Shifts need biases on both sides.
 
-Sequences held out of the training decide: a block whose sum of losses did not fall there keeps the grids that it started from. Single widths
-may lose: clipping that helps 2 bits costs 8, and lambda is what weighs one against the other.
+Sequences held out of the training decide: a block whose sum of losses did not fall there is learned again at lower rates, and at last keeps the
+grids that it started from. Single widths may lose: clipping that helps 2 bits costs 8, and lambda is what weighs one against the other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,12 @@ from matquant import models
 from matquant.activations import Call
 from matquant.codes import Grid, Slicing, levels, nearest_code
 from matquant.fake import fake_read, rounded, snapped
-from matquant.recipe import Recipe
+from matquant.recipe import Recipe, decayed
 from matquant.refine import Trainer, split
 from matquant.trainable import Reads, zero_of
 from matquant.weight import NestedWeight
 
+RATES = (1.0, 0.25, 0.0625)  # shares of the recipe's that are tried: the block that makes a first token of huge norm wants less than the others
 START = 4.0  # sigmoid(4) = .982: next to no clipping, and a gradient (OmniQuant's own)
 
 
@@ -85,6 +87,7 @@ def _same(block: nn.Module, call: Call, hidden: Tensor, want: Tensor, fold: Fold
     return torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().mean()))
 
 
+Weights = dict[str, Tensor]  # by name in the block
 Transforms = Mapping[Fold, tuple[Tensor, Tensor]]  # fold -> (s, delta)
 
 
@@ -207,65 +210,87 @@ class Learner:
         recipe, trainer = self.recipe, self.trainer
         hidden = trainer.streams[max(recipe.targets)][:1]
         folds = trainer.world.same(find_folds(trainer.block, trainer.call, hidden, trainer.layers, groups) if recipe.transform else [])
-        device = next(iter(self.weights.values())).device
+        _, held = split(len(trainer.goal))
+        before = {r: trainer.held(self.starts, r, held) for r in recipe.targets}
+        lam, notes = self._lam(before), list[str]()
+        for rate in RATES:
+            clippings, transforms = self._begin(folds)
+            slower = f" at {rate:g} of the rates" if rate < 1 else ""
+            if not self._train(clippings, transforms, lam, rate):
+                notes.append(f"learned clipping{slower} diverged")
+                continue
+            rows, others, found = self._end(clippings, transforms)
+            after = self._held(found, others, held)
+            change = {r: after[r] / before[r] if before[r] > 0 else 1.0 for r in before}
+            told = ", ".join(f"{bits} bits {value:.3f}" for bits, value in change.items())
+            if sum(lam[r] * after[r] for r in lam) <= sum(lam[r] * before[r] for r in lam):
+                places = f", {len(folds)} transforms" if folds else ""
+                words = f"clipping learned{slower}{places}; loss on sequences held out, of the loss before: {told}"
+                return Learned(found, rows, others, change, (*notes, words))
+            notes.append(f"learned clipping{slower} was worse on sequences held out ({told})")
+        return Learned(self.starts, self.weights, {}, {}, (*notes, "the block keeps the grids that it started from"))
+
+    def _begin(self, folds: Sequence[Fold]) -> tuple[dict[str, Clipping], dict[Fold, Transform]]:
+        recipe, device = self.recipe, next(iter(self.weights.values())).device
         clippings = {
             name: Clipping(start, self.weights[name], recipe.layout.refit_widths, min(recipe.targets)) for name, start in self.starts.items()
         }
-        transforms = {fold: Transform(self.weights[fold.consumers[0]].shape[1], fold.shift, device) for fold in folds}
-        _, held = split(len(trainer.goal))
-        before = {r: trainer.held(self.starts, r, held) for r in recipe.targets}
-        if not self._train(clippings, transforms, before):
-            return Learned(self.starts, self.weights, {}, {}, ("learned clipping diverged: the block keeps the grids that it started from",))
-        with torch.no_grad():
-            rows, others = self._parameters(transforms)
-            found = {name: clipping.frozen(rows[name]) for name, clipping in clippings.items()}
-            reads = lambda r: {f"{n}.weight": models.held_as(trainer.layers[n], w.read(r).dense()) for n, w in found.items()}  # noqa: E731
-            losses = {r: sum(trainer.loss_with({**reads(r), **others}, r, [sample]).item() for sample in held) for r in recipe.targets}
-            after = {r: trainer.world.total(loss) for r, loss in losses.items()}
-        change = {r: after[r] / before[r] if before[r] > 0 else 1.0 for r in before}
-        told = ", ".join(f"{bits} bits {value:.3f}" for bits, value in change.items())
-        lam = self._lam(before)
-        if not sum(lam[r] * after[r] for r in lam) <= sum(lam[r] * before[r] for r in lam):
-            words = f"learned clipping was worse on sequences held out ({told}): the block keeps the grids that it started from"
-            return Learned(self.starts, self.weights, {}, {}, (words,))
-        places = f", {len(folds)} transforms" if folds else ""
-        return Learned(found, rows, others, change, (f"clipping learned{places}; loss on sequences held out, of the loss before: {told}",))
+        return clippings, {fold: Transform(self.weights[fold.consumers[0]].shape[1], fold.shift, device) for fold in folds}
+
+    @torch.no_grad()
+    def _end(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform]) -> tuple[Weights, Weights, dict[str, NestedWeight]]:
+        """(weights of the layers [out, in], other parameters of the block, the layers' integers)."""
+        rows, others = self._parameters(transforms)
+        return rows, others, {name: clipping.frozen(rows[name]) for name, clipping in clippings.items()}
+
+    def _held(self, found: Mapping[str, NestedWeight], others: Weights, held: Sequence[int]) -> dict[int, float]:
+        """Loss of every target on the sequences held out."""
+        trainer = self.trainer
+
+        def loss(bits: int) -> float:
+            reads = {f"{name}.weight": models.held_as(trainer.layers[name], weight.read(bits).dense()) for name, weight in found.items()}
+            with torch.no_grad():
+                return trainer.world.total(sum(trainer.loss_with({**reads, **others}, bits, [sample]).item() for sample in held))
+
+        return {bits: loss(bits) for bits in self.recipe.targets}
 
     def _lam(self, before: Mapping[int, float]) -> dict[int, float]:
         """What each loss is multiplied by: normalized, its share of what the grids to begin with lose."""
         normalize = self.recipe.normalize
         return {r: lam / before[r] if normalize and before[r] > 0 else lam for r, lam in self.recipe.importance.items()}
 
-    def _parameters(self, transforms: Mapping[Fold, Transform]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _parameters(self, transforms: Mapping[Fold, Transform]) -> tuple[Weights, Weights]:
         """(weights of the layers [out, in], other parameters of the block) after the transforms."""
         block, layers = self.trainer.block, self.trainer.layers
         changed = transformed(block, layers, self.weights, {fold: transform.value() for fold, transform in transforms.items()})
         rows = {name: models.as_rows(module, changed.pop(f"{name}.weight")) for name, module in layers.items()}
         return rows, changed
 
-    def _train(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform], before: Mapping[int, float]) -> bool:
-        """False if a loss was not finite."""
+    def _train(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform], lam: Mapping[int, float], rate: float) -> bool:
+        """rate: share of the recipe's rates. False if a loss was not finite."""
         recipe, trainer = self.recipe, self.trainer
         samples, _ = split(len(trainer.goal))
         count = min(max(recipe.refine_tokens // (trainer.goal.shape[1] * trainer.world.size), 1), len(samples))
         steps = min(trainer.world.gather(-(-len(samples) // count)))
         groups = [
-            {"params": [p for c in clippings.values() for p in (c.gamma, c.beta)], "lr": recipe.clip_rate},
-            {"params": [p for c in clippings.values() for p in c.reads.parameters()], "lr": recipe.finetune_rate},
-            {"params": [p for t in transforms.values() for p in t.parameters() if p.requires_grad], "lr": recipe.transform_rate},
+            {"params": [p for c in clippings.values() for p in (c.gamma, c.beta)], "lr": rate * recipe.clip_rate},
+            {"params": [p for c in clippings.values() for p in c.reads.parameters()], "lr": rate * recipe.finetune_rate},
+            {"params": [p for t in transforms.values() for p in t.parameters() if p.requires_grad], "lr": rate * recipe.transform_rate},
         ]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decayed(recipe.decay, step / (recipe.epochs * steps)))
         generator = torch.Generator().manual_seed(recipe.seed)
         for _ in range(recipe.epochs):
             order = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
             for step in range(steps):
                 chosen = order[step * count : (step + 1) * count]
-                finite = [self._backward(clippings, transforms, bits, lam, chosen) for bits, lam in self._lam(before).items()]
+                finite = [self._backward(clippings, transforms, bits, weight, chosen) for bits, weight in lam.items()]
                 if trainer.world.total(not all(finite)):
                     return False
                 for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                     parameter.grad = trainer.world.sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
                 optimizer.step()
+                decay.step()
                 optimizer.zero_grad()
         return True
 

@@ -58,8 +58,8 @@ class Training:
         for name in self.start.layers.quantized:
             module = model.get_submodule(name)
             grid = self.start.weight(name)
-            widths = self.recipe.layout.refit_widths
-            layers[name] = TrainedLinear(models.get_weight(module), grid, widths, self.recipe.learn_scales, module.bias).to(means.device)
+            widths, narrowest, learn = self.recipe.layout.refit_widths, min(self.recipe.targets), self.recipe.learn_scales
+            layers[name] = TrainedLinear(models.get_weight(module), grid, widths, narrowest, learn, module.bias).to(means.device)
             model.set_submodule(name, layers[name])
         if means.recompute:
             recompute_blocks(models.find_blocks(model)[1])

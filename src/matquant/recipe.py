@@ -6,6 +6,7 @@ to lose (objective.py); with `normalize` off, in units of the squared parent ste
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,6 +33,11 @@ ORIGINAL = 0  # names the stream of the original model where streams are named b
 DRIFTS = 4  # from 5 bits up, what a layer is given hardly differs from what the original gives it
 STREAM_SAMPLES = 32  # more sequences for a stream cost time in proportion and gain little: docs/LOG.md
 FAVOR = 3.0  # how much more a favoured width weighs
+
+
+def decayed(decay: Decay, done: float) -> float:
+    """Share of a learning rate that is left when a share `done` of the steps is made."""
+    return 1.0 if decay == "constant" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _help(text: str, **kwargs: Any) -> Any:
@@ -93,7 +99,7 @@ class Recipe:
     learning_rate: float = _help("of weights (method qat)", default=2e-5)
     learn_scales: bool = _help("train scales, zeros and the reads of narrow widths too (method qat), at --finetune-rate", default=True)
     warmup: float = _help("share of the steps in which learning rates rise (method qat)", default=0.1)
-    decay: Decay = _help("learning rates after that: cosine (to 0) or constant (method qat)", default="cosine")
+    decay: Decay = _help("learning rates after that: cosine (to 0) or constant (methods qat, omniquant)", default="cosine")
     weight_decay: float = _help("of AdamW, for weights (method qat)", default=0.0)
     teachers: Mapping[int, int] = _help(
         "widths that learn from another, for instance 2:8,4:8; from 0 = the original model (method qat)", default_factory=dict[int, int]
@@ -107,8 +113,9 @@ class Recipe:
     clip_rate: float = _help("learning rate of clipping (method omniquant)", default=0.01)
     transform: bool = _help("learn scales and shifts of inputs that their makers take over (method omniquant)", default=True)
     transform_rate: float = _help("learning rate of these (method omniquant)", default=0.005)
-    relative_tokens: bool = _help(
-        "each token's error counts as a share of its power in the training of blocks; off = squares, as in the papers", default=True
+    token_power: float = _help(
+        "in the training of blocks each token's error counts over its power to this: 1 = as a share of it, 0 = as it is, as in the papers",
+        default=1.0,
     )
     damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)
     skip: tuple[str, ...] = _help("shell-style patterns of module names to leave unquantized", default=())
@@ -187,8 +194,9 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be a positive number, for instance {example}")
         if not 0 <= self.warmup <= 1 or not 0 <= self.weight_decay < float("inf"):
             raise RecipeError(f"warmup is {self.warmup} and weight_decay {self.weight_decay}; one is a share from 0 to 1, the other at least 0")
-        if not 0 <= self.asymmetric_calibration <= 1:
-            raise RecipeError(f"asymmetric_calibration is {self.asymmetric_calibration}; it must be a share from 0 to 1, for instance 0.5")
+        for name in ("asymmetric_calibration", "token_power"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be from 0 to 1, for instance 0.5")
 
     def _check_teachers(self) -> None:
         if self.method in ("qat", "omniquant") and self.overlap:

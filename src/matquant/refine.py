@@ -54,8 +54,8 @@ Repair = Callable[[Mapping[str, NestedWeight], int, Recipe], Weights]
 class Trainer:
     """One block in training. layers: name in the block -> its module. streams: width -> inputs; goal: the original's outputs.
 
-    together: whether one call may hold several sequences. dtype: what the block computes in while it is trained. relative: whether a
-    token's error counts as a share of its power. Each of several processes has sequences of its own; losses and gradients are of all.
+    together: whether one call may hold several sequences. dtype: what the block computes in while it is trained. power: a token's error
+    counts over its own power to this. Each of several processes has sequences of its own; losses and gradients are of all.
     """
 
     block: nn.Module
@@ -65,7 +65,7 @@ class Trainer:
     goal: Float[Tensor, "samples length hidden"]
     together: bool = True
     dtype: torch.dtype = torch.float32
-    relative: bool = True
+    power: float = 1.0
     world: World = ALONE
 
     def loss(self, weights: Mapping[str, Tensor], bits: int, samples: Sequence[int]) -> Tensor:
@@ -77,10 +77,8 @@ class Trainer:
         output = self.call.with_weights(self.block, parameters, self.streams[bits][samples])
         goal = self.goal[samples].float().to(output.device)
         error = (output.float() - goal).square().sum(-1)
-        if not self.relative:
-            return error.sum()
         power = goal.square().sum(-1)
-        return (error / (power + 1e-9 * power.mean() + 1e-30)).sum()
+        return (error / (power + 1e-9 * power.mean() + 1e-30) ** self.power).sum()
 
     def held(self, weights: Mapping[str, NestedWeight], bits: int, samples: Sequence[int]) -> float:
         """The same of weights as they are read, without gradients, a sequence at a time."""

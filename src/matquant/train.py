@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from matquant.corpus import Stream
 from matquant.errors import InputError, RecipeError, choices
 from matquant.joint import Joint
-from matquant.recipe import Decay
+from matquant.recipe import Decay, decayed
 from matquant.world import ALONE, World
 
 BETAS = (0.9, 0.95)
@@ -67,9 +67,7 @@ class Schedule:
     def rate(self, step: int) -> float:
         """Share of the learning rate at `step`, counted from 0."""
         rise = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
-        if self.decay == "constant" or step < self.warmup:
-            return rise
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(self.steps - self.warmup, 1)))
+        return rise if step < self.warmup else decayed(self.decay, (step - self.warmup) / max(self.steps - self.warmup, 1))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
     TunedLinear     codes are frozen; the reads of narrow widths are trained
 
 A read of its own (a refit, codes.py) is trained as two lengths in steps of its width: how far it puts the mean code from the middle,
-reach = m 2^r / 4, and how far it moves all, v = u / 2^(8 - r); a scale as its ratio to where it started. So a step of the optimizer
-means the same everywhere. All are used as the bytes or halves that will be stored; gradients pass these roundings.
+reach = m 2^r / 4, and how far it moves all, v = u / 2^(8 - r); a scale as its ratio to where it started, a zero in steps of the narrowest
+width trained for, to which a step of 8 bits is next to nothing. So a step of the optimizer means the same everywhere. All are used as the bytes or halves that will be stored; gradients pass these roundings.
 
 Parameters are float32. The weight is read in float32 and rounded once to what x has (under autocast, to what products are made in).
 """
@@ -78,13 +78,20 @@ class TunedLinear(nn.Module):
 class TrainedLinear(nn.Module):
     """y = x W_r^T + bias, W_r the r-bit read of `weight` quantized to a grid that starts as that of `start`.
 
-    widths: those with reads of their own. learn_scales: whether scale, zero (of an asymmetric grid) and reads are trained too.
+    widths: those with reads of their own. narrowest: of those that are trained. learn_scales: whether scale, zero (of an asymmetric grid) and
+    reads are trained too.
     """
 
     base: Tensor
 
     def __init__(
-        self, w: Float[Tensor, "out in"], start: NestedWeight, widths: Sequence[int], learn_scales: bool, bias: nn.Parameter | None = None
+        self,
+        w: Float[Tensor, "out in"],
+        start: NestedWeight,
+        widths: Sequence[int],
+        narrowest: int,
+        learn_scales: bool,
+        bias: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.bits, self.bias = start.grid.bits, bias
@@ -92,7 +99,8 @@ class TrainedLinear(nn.Module):
         self.weight = nn.Parameter(w)
         self.register_buffer("base", start.scale.float())
         self.ratio = nn.Parameter(torch.ones_like(self.base))
-        self.zero = nn.Parameter(zero_of(start))
+        self.step = 2.0 ** (start.grid.bits - narrowest)
+        self.zero = nn.Parameter(zero_of(start) / self.step)
         self.reads = Reads(start, widths)
         self.ratio.requires_grad_(learn_scales)
         self.zero.requires_grad_(learn_scales and not start.grid.symmetric)
@@ -101,7 +109,7 @@ class TrainedLinear(nn.Module):
     @property
     def _grid(self) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         """(scale, zero) as they are stored."""
-        return snapped(self.base * self.ratio, self.dtype), rounded(self.zero, 0, self.rule[0].max_code)
+        return snapped(self.base * self.ratio, self.dtype), rounded(self.zero * self.step, 0, self.rule[0].max_code)
 
     def weight_at(self, bits: int) -> Float[Tensor, "out in"]:
         """W_r, float32."""
