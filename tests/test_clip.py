@@ -47,7 +47,9 @@ def test_clip_search_takes_the_cheapest_range_of_each_group(symmetric: bool, sli
     w, importance, lam = problem(recipe)
     scale, zero = search_grid(w, importance, lam, recipe)
     plain, _ = fit_grid(w.reshape(8, 2, 8), recipe.grid, torch.float32)
-    clipped = False
+    tops = [256 - 2 ** (8 - r) for r in recipe.targets if r > refit_bits] if slicing == "round" and not symmetric else []
+    shifts = {0, *((top - 255) // 2 for top in tops)}  # what puts 0 and the top level equally far from the middle
+    clipped, shifted = False, False
     for row in range(8):
         for g in range(2):
             members = slice(8 * g, 8 * g + 8)
@@ -56,11 +58,13 @@ def test_clip_search_takes_the_cheapest_range_of_each_group(symmetric: bool, sli
             costs = []
             for shrink in SHRINKS:
                 s, z = fit_grid(w[row, members], recipe.grid, torch.float32, shrink)
-                costs.append(slow_cost(group, h, rows, s.item(), 128 if z is None else z.item(), recipe))
+                for shift in sorted(shifts, reverse=True):
+                    costs.append(slow_cost(group, h, rows, s.item(), 128 if z is None else min(max(z.item() + shift, 0), 255), recipe))
             ours = slow_cost(group, h, rows, scale[row, g].item(), 128 if zero is None else zero[row, g].item(), recipe)
             assert ours == pytest.approx(min(costs), rel=1e-3, abs=1e-9)
-            clipped |= costs.index(min(costs)) > 0
-    assert clipped and (scale < plain).any(), "nothing was clipped: not much of a search"
+            at = costs.index(min(costs))
+            clipped, shifted = clipped or at >= len(shifts), shifted or at % len(shifts) > 0
+    assert shifted if len(shifts) > 1 else clipped and (scale < plain).any(), "not much of a search"
 
 
 @pytest.mark.parametrize("refit_bits", [0, 3, 8])

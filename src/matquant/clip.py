@@ -1,6 +1,6 @@
 """Clip search: the range of each group that costs least over all targets.
 
-    shrink_g = argmin_a  sum_r lam_r sum_{i in g} h_r,i (w_i - read_r(nearest(w_i; a)))^2
+    a_g = argmin_a  sum_r lam_r sum_{i in g} h_r,i (w_i - read_r(nearest(w_i; a)))^2            a: how far the range shrinks, and where its zero is
 
 One parent grid serves every width, so the search weighs what 8 bits lose at the clipped ends against what 2 bits gain in the
 middle. A width that will get a scale and offset of its own (a refit) is counted as if it had the best ones already, in closed
@@ -11,13 +11,14 @@ widths nest with their borders aligned, so a code moved over a border is further
 Range search for a single width: https://arxiv.org/abs/2306.00978, section 3.3 and many before it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from matquant.codes import fit_grid, nearest_code, read_rule, slice_codes
+from matquant.codes import fit_grid, levels, nearest_code, read_rule, slice_codes
 from matquant.recipe import Recipe
 
 # Half of the largest weight is already below the best 2-bit range of a Gaussian group of 256 (0.66 of its maximum).
@@ -38,15 +39,28 @@ def search_grid(
     wg = w.reshape(len(w), recipe.grid.groups(w.shape[1]), -1)
     h = {r: power.reshape(wg.shape[1], -1) for r, power in importance.items()}
     scale, zero = fit_grid(wg, recipe.grid, dtype, shrinks[0])
-    best = joint_cost(wg, h, lam, scale, zero, recipe)
-    for shrink in shrinks[1:]:
-        s, z = fit_grid(wg, recipe.grid, dtype, shrink)
-        cost = joint_cost(wg, h, lam, s, z, recipe)
-        better = cost < best
-        best, scale = torch.where(better, cost, best), torch.where(better, s, scale)
-        if zero is not None and z is not None:
-            zero = torch.where(better, z, zero)
+    best = torch.full_like(scale, torch.inf)
+    for shrink in shrinks:
+        s, middle = fit_grid(wg, recipe.grid, dtype, shrink)
+        for shift in zero_shifts(recipe):
+            z = None if middle is None else (middle + shift).clamp(0, recipe.grid.max_code)
+            cost = joint_cost(wg, h, lam, s, z, recipe)
+            better = cost < best
+            best, scale = torch.where(better, cost, best), torch.where(better, s, scale)
+            if zero is not None and z is not None:
+                zero = torch.where(better, z, zero)
     return scale, zero
+
+
+def zero_shifts(recipe: Recipe) -> tuple[int, ...]:
+    """Where a zero may be put, in codes from where the range has it: 0, and what puts the levels that a target reads around the range's middle.
+
+    Rounded slices reach 192 of 255 at 2 bits, so that nothing stands for the largest weights; floor slices lie in the middle by themselves.
+    """
+    if recipe.grid.symmetric:
+        return (0,)
+    reads = (levels(r, recipe.grid, recipe.slicing) for r in recipe.targets if r > recipe.refit_bits)
+    return tuple(sorted({0, *(math.floor(float(read[0] + read[-1] - recipe.grid.max_code) / 2) for read in reads)}, reverse=True))
 
 
 def joint_cost(
