@@ -155,7 +155,8 @@ def test_a_run_learns_and_says_what(kind: str, tiny: Tiny, omniquant: Recipe, tm
     report = quantize(str(tiny(kind)), tmp_path / "out", omniquant, RunOptions())
     assert verify(tmp_path / "out") == []
     notes = [note for layer in report.layers for note in layer.notes]
-    assert len(notes) == 2 and any(note.startswith("clipping learned, ") and "transforms; loss on sequences held out" in note for note in notes)
+    assert sum(note.startswith(("clipping learned", "the block keeps")) for note in notes) == 2  # after tries at lower rates or without
+    assert any(note.startswith("clipping learned, ") and "transforms; loss on sequences held out" in note for note in notes)
     assert report.rows[1].kl is not None and report.rows[1].kl < 1e-4  # 8 bits: the transforms are folded on both sides
     tensors, before = (dict(models.SafetensorsFiles(sorted(folder.glob("*.safetensors")))) for folder in (tmp_path / "out", tiny(kind)))
     changed = {name for name in before if name in tensors and "norm" in name and not torch.equal(before[name], tensors[name])}
@@ -185,7 +186,7 @@ def test_rates_fall_unless_told_otherwise(
     monkeypatch.setattr(torch.optim, "AdamW", Recorded)
     quantize(str(tiny("llama")), tmp_path / "out", replace(omniquant, decay=decay, epochs=3, refine_tokens=10**6), RunOptions())
     first = omniquant.clip_rate, omniquant.finetune_rate, omniquant.transform_rate
-    assert rates == [pytest.approx([rate * share for rate in first]) for share in shares] * 2  # an epoch is a step here; two blocks
+    assert rates[:3] == [pytest.approx([rate * share for rate in first]) for share in shares]  # of the first block; an epoch is a step here
 
 
 def test_without_transforms_norms_stay(tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
