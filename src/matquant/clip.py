@@ -12,7 +12,7 @@ Range search for a single width: https://arxiv.org/abs/2306.00978, section 3.3 a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -38,18 +38,24 @@ def search_grid(
     dtype = getattr(torch, recipe.scale_dtype)
     wg = w.reshape(len(w), recipe.grid.groups(w.shape[1]), -1)
     h = {r: power.reshape(wg.shape[1], -1) for r, power in importance.items()}
-    scale, zero = fit_grid(wg, recipe.grid, dtype, shrinks[0])
-    best = torch.full_like(scale, torch.inf)
-    for shrink in shrinks:
-        s, middle = fit_grid(wg, recipe.grid, dtype, shrink)
-        for shift in zero_shifts(recipe):
-            z = None if middle is None else (middle + shift).clamp(0, recipe.grid.max_code)
-            cost = joint_cost(wg, h, lam, s, z, recipe)
-            better = cost < best
-            best, scale = torch.where(better, cost, best), torch.where(better, s, scale)
-            if zero is not None and z is not None:
-                zero = torch.where(better, z, zero)
+    grids = _candidates(wg, recipe, dtype, shrinks)
+    scale, zero = next(grids)
+    best = joint_cost(wg, h, lam, scale, zero, recipe)
+    for s, z in grids:
+        cost = joint_cost(wg, h, lam, s, z, recipe)
+        better = cost < best
+        best, scale = torch.where(better, cost, best), torch.where(better, s, scale)
+        if zero is not None and z is not None:
+            zero = torch.where(better, z, zero)
     return scale, zero
+
+
+def _candidates(wg: Float[Tensor, "out groups size"], recipe: Recipe, dtype: torch.dtype, shrinks: Sequence[float]) -> Iterator[Search]:
+    shifts = zero_shifts(recipe)
+    for shrink in shrinks:
+        scale, zero = fit_grid(wg, recipe.grid, dtype, shrink)
+        for shift in shifts:
+            yield scale, None if zero is None else (zero + shift).clamp(0, recipe.grid.max_code)
 
 
 def zero_shifts(recipe: Recipe) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from matquant.activations import Call
 from matquant.codes import Grid, Slicing, levels, nearest_code
 from matquant.fake import fake_read, rounded, snapped
 from matquant.recipe import Recipe, decayed
-from matquant.refine import Trainer, split
+from matquant.refine import Trainer, held_out, split
 from matquant.trainable import Reads, zero_of
 from matquant.weight import NestedWeight
 
@@ -87,7 +87,7 @@ def _same(block: nn.Module, call: Call, hidden: Tensor, want: Tensor, fold: Fold
     return torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().mean()))
 
 
-Weights = dict[str, Tensor]  # by name in the block
+Parameters = dict[str, Tensor]  # by name in the block
 Transforms = Mapping[Fold, tuple[Tensor, Tensor]]  # fold -> (s, delta)
 
 
@@ -210,8 +210,7 @@ class Learner:
         recipe, trainer = self.recipe, self.trainer
         hidden = trainer.streams[max(recipe.targets)][:1]
         folds = trainer.world.same(find_folds(trainer.block, trainer.call, hidden, trainer.layers, groups) if recipe.transform else [])
-        _, held = split(len(trainer.goal))
-        before = {r: trainer.held(self.starts, r, held) for r in recipe.targets}
+        before = held_out(trainer, self.starts, recipe)
         lam, notes = self._lam(before), list[str]()
         for rate in RATES:
             clippings, transforms = self._begin(folds)
@@ -220,7 +219,7 @@ class Learner:
                 notes.append(f"learned clipping{slower} diverged")
                 continue
             rows, others, found = self._end(clippings, transforms)
-            after = self._held(found, others, held)
+            after = held_out(trainer, found, recipe, others)
             change = {r: after[r] / before[r] if before[r] > 0 else 1.0 for r in before}
             told = ", ".join(f"{bits} bits {value:.3f}" for bits, value in change.items())
             if sum(lam[r] * after[r] for r in lam) <= sum(lam[r] * before[r] for r in lam):
@@ -238,28 +237,17 @@ class Learner:
         return clippings, {fold: Transform(self.weights[fold.consumers[0]].shape[1], fold.shift, device) for fold in folds}
 
     @torch.no_grad()
-    def _end(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform]) -> tuple[Weights, Weights, dict[str, NestedWeight]]:
+    def _end(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform]) -> tuple[Parameters, Parameters, dict[str, NestedWeight]]:
         """(weights of the layers [out, in], other parameters of the block, the layers' integers)."""
         rows, others = self._parameters(transforms)
         return rows, others, {name: clipping.frozen(rows[name]) for name, clipping in clippings.items()}
-
-    def _held(self, found: Mapping[str, NestedWeight], others: Weights, held: Sequence[int]) -> dict[int, float]:
-        """Loss of every target on the sequences held out."""
-        trainer = self.trainer
-
-        def loss(bits: int) -> float:
-            reads = {f"{name}.weight": models.held_as(trainer.layers[name], weight.read(bits).dense()) for name, weight in found.items()}
-            with torch.no_grad():
-                return trainer.world.total(sum(trainer.loss_with({**reads, **others}, bits, [sample]).item() for sample in held))
-
-        return {bits: loss(bits) for bits in self.recipe.targets}
 
     def _lam(self, before: Mapping[int, float]) -> dict[int, float]:
         """What each loss is multiplied by: normalized, its share of what the grids to begin with lose."""
         normalize = self.recipe.normalize
         return {r: lam / before[r] if normalize and before[r] > 0 else lam for r, lam in self.recipe.importance.items()}
 
-    def _parameters(self, transforms: Mapping[Fold, Transform]) -> tuple[Weights, Weights]:
+    def _parameters(self, transforms: Mapping[Fold, Transform]) -> tuple[Parameters, Parameters]:
         """(weights of the layers [out, in], other parameters of the block) after the transforms."""
         block, layers = self.trainer.block, self.trainer.layers
         changed = transformed(block, layers, self.weights, {fold: transform.value() for fold, transform in transforms.items()})

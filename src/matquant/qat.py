@@ -55,10 +55,10 @@ class Training:
         model.tie_weights()
         model.requires_grad_(False).eval()
         layers: dict[str, TrainedLinear] = {}
+        widths, narrowest, learn = self.recipe.layout.refit_widths, min(self.recipe.targets), self.recipe.learn_scales
         for name in self.start.layers.quantized:
             module = model.get_submodule(name)
             grid = self.start.weight(name)
-            widths, narrowest, learn = self.recipe.layout.refit_widths, min(self.recipe.targets), self.recipe.learn_scales
             layers[name] = TrainedLinear(models.get_weight(module), grid, widths, narrowest, learn, module.bias).to(means.device)
             model.set_submodule(name, layers[name])
         if means.recompute:

@@ -27,6 +27,7 @@ then with its codes left alone; reads that do no better there stay as they were.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ BALANCINGS = 3  # how often at most the low nibble is fitted with other weights,
 READ_RATE = 0.01  # of a read's scale, relative to 1, and of its zero, relative to a step of the width
 BETAS = (0.9, 0.95)
 
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 Weights = dict[str, NestedWeight]  # by layer name in the block
 Repair = Callable[[Mapping[str, NestedWeight], int, Recipe], Weights]
 
@@ -80,11 +82,12 @@ class Trainer:
         power = goal.square().sum(-1)
         return (error / (power + 1e-9 * power.mean() + 1e-30) ** self.power).sum()
 
-    def held(self, weights: Mapping[str, NestedWeight], bits: int, samples: Sequence[int]) -> float:
-        """The same of weights as they are read, without gradients, a sequence at a time."""
+    def held(self, weights: Mapping[str, NestedWeight], bits: int, samples: Sequence[int], others: Mapping[str, Tensor] = NONE) -> float:
+        """The same of weights as they are read, without gradients, a sequence at a time. others: more of the block's parameters, by name."""
         reads = self.weights_of({name: weight.read(bits).dense() for name, weight in weights.items()})
         with torch.no_grad():
-            return self.world.total(sum(self.loss(reads, bits, [sample]).item() for sample in samples))
+            parameters = {**{f"{name}.weight": w for name, w in reads.items()}, **others}
+            return self.world.total(sum(self.loss_with(parameters, bits, [sample]).item() for sample in samples))
 
     def weights_of(self, reads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Dense weights as the modules hold them."""
@@ -146,10 +149,10 @@ def refine(trainer: Trainer, weights: Mapping[str, NestedWeight], repair: Repair
     return Refined(kept, {}, (*notes, "block not refined"))
 
 
-def held_out(trainer: Trainer, weights: Mapping[str, NestedWeight], recipe: Recipe) -> dict[int, float]:
-    """Loss of every target on the sequences held out."""
+def held_out(trainer: Trainer, weights: Mapping[str, NestedWeight], recipe: Recipe, others: Mapping[str, Tensor] = NONE) -> dict[int, float]:
+    """Loss of every target on the sequences held out. others: as in `Trainer.held`."""
     _, samples = split(len(trainer.goal))
-    return {r: trainer.held(weights, r, samples) for r in recipe.targets}
+    return {r: trainer.held(weights, r, samples, others) for r in recipe.targets}
 
 
 @dataclass(frozen=True)
