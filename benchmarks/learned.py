@@ -62,6 +62,9 @@ def family(base: str, words: str, settings: dict[str, Any]) -> dict[str, Variant
         f"{base}-extra": Variant(
             f"MatQuant, {words}, Extra Precision", settings | {"targets": {8: 1.0, 4: 1.0, 2: 1.0}, "slicing": "round-overflow"}
         ),
+        f"{base}-8to2": Variant(f"MatQuant, {words}, [8, 4, 2, 8 -> 2]", settings | {"targets": LAMBDA, "teachers": {2: 8}}),
+        f"{base}-8to4-2": Variant(f"MatQuant, {words}, [8, 4, 2, 8 -> 4; 2]", settings | {"targets": LAMBDA, "teachers": {4: 8, 2: 8}}),
+        f"{base}-only-8to2": Variant(f"MatQuant, {words}, [8, 4, 8 -> 2]", settings | {"targets": LAMBDA, "teachers": {2: 8}, "teachers_only": True}),
     }
 
 
@@ -69,9 +72,6 @@ VARIANTS = {
     **family("omniquant", "OmniQuant", OMNIQUANT),
     "omniquant-one-stream": Variant("MatQuant, OmniQuant, one stream of activations", OMNIQUANT | {"targets": LAMBDA, "streams": (8,)}),
     **family("qat", "QAT", QAT),
-    "qat-8to2": Variant("MatQuant, QAT, [8, 4, 2, 8 -> 2]", QAT | {"targets": LAMBDA, "teachers": {2: 8}}),
-    "qat-8to4-2": Variant("MatQuant, QAT, [8, 4, 2, 8 -> 4; 2]", QAT | {"targets": LAMBDA, "teachers": {4: 8, 2: 8}}),
-    "qat-only-8to2": Variant("MatQuant, QAT, [8, 4, 8 -> 2]", QAT | {"targets": LAMBDA, "teachers": {2: 8}, "teachers_only": True}),
     "qat-weights": Variant("MatQuant, QAT, weights alone", QAT | {"targets": LAMBDA, "learn_scales": False}),
     "qat-balanced": Variant("MatQuant, QAT, balanced gradients", QAT | {"targets": LAMBDA, "balance_gradients": True}),
     "qat-random": Variant("MatQuant, QAT, a random width a layer", QAT | {"targets": LAMBDA, "random_width": True}),

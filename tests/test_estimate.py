@@ -59,6 +59,8 @@ def test_more_work_costs_more(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> No
     for method in ("block", "omniquant", "qat"):
         assert of(replace(gptq, method=method)).seconds > of(replace(gptq, method="minmax")).seconds
         assert of(replace(gptq, method=method, finetune_reads=100_000)).seconds > of(replace(gptq, method=method)).seconds
+    omniquant = replace(gptq, method="omniquant")
+    assert of(replace(omniquant, teachers={2: 8})).seconds > of(omniquant).seconds
     qat = replace(gptq, method="qat")
     assert of(replace(qat, teachers={2: 0})).seconds > of(qat).seconds > of(replace(qat, random_width=True)).seconds
     assert of(replace(gptq, num_samples=64)).memory_bytes > of(gptq).memory_bytes > of(text).memory_bytes

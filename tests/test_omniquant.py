@@ -13,12 +13,13 @@ from walks import Walk
 
 from matquant import activations, models
 from matquant.checkpoint import verify
-from matquant.codes import SLICINGS, Slicing, fit_grid, nearest_code, read_rule, slice_codes
+from matquant.codes import SLICINGS, Grid, Slicing, fit_grid, nearest_code, read_rule, slice_codes
 from matquant.errors import RecipeError
 from matquant.models import get_weight
-from matquant.omniquant import START, Clipping, Fold, find_folds, reach, transformed
+from matquant.omniquant import START, Clipping, Fold, Learner, find_folds, reach, transformed
 from matquant.pipeline import RunOptions, quantize
 from matquant.recipe import Decay, Recipe
+from matquant.refine import Trainer, split
 from matquant.weight import NestedWeight
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -71,12 +72,17 @@ def test_where_a_transform_can_be_folded(kind: str, tiny: Tiny) -> None:
 # --- clipping ---------------------------------------------------------------------------------------------------------
 
 
+def on_grid(w: Tensor, grid: Grid, slicing: Slicing, shrink: float = 1.0) -> NestedWeight:
+    """To nearest, on a grid that spans the weights of each group, times `shrink`."""
+    wg = w.reshape(len(w), -1, grid.group_size)
+    s, z = fit_grid(wg, grid, torch.float16, shrink)
+    t = wg / s[..., None] + (grid.center if z is None else z[..., None])
+    return NestedWeight(nearest_code(t, grid).reshape(w.shape), s.half(), None if z is None else z.to(torch.uint8), grid, slicing)
+
+
 def start(parent: int, symmetric: bool, slicing: Slicing, shrink: float) -> tuple[Tensor, NestedWeight]:
-    grid = make_grid(parent, 8, symmetric)
     w = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
-    s, z = fit_grid(w.reshape(6, 4, 8), grid, torch.float16, shrink)
-    t = w.reshape(6, 4, 8) / s[..., None] + (grid.center if z is None else z[..., None])
-    return w, NestedWeight(nearest_code(t, grid).reshape(6, 32), s.half(), None if z is None else z.to(torch.uint8), grid, slicing)
+    return w, on_grid(w, make_grid(parent, 8, symmetric), slicing, shrink)
 
 
 @pytest.mark.parametrize("slicing", SLICINGS)
@@ -189,6 +195,54 @@ def test_rates_fall_unless_told_otherwise(
     assert rates[:3] == [pytest.approx([rate * share for rate in first]) for share in shares]  # of the first block; an epoch is a step here
 
 
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("teachers", [{2: 8}, {2: 6}, {4: 8, 2: 4}])  # 6 bits are no target
+def test_gradients_with_teachers_by_hand(teachers: dict[int, int], alone: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of a block: a teacher's output stands beside the original's, or in its place, and gets no gradient."""
+    lam = {8: 0.1, 4: 0.5, 2: 1.0}
+    recipe = Recipe(method="omniquant", group_size=16, targets=lam, teachers=teachers, teachers_only=alone, slicing="round", refit_bits=0)
+    recipe = replace(recipe, normalize=False, transform=False, epochs=1, refine_tokens=10**6)
+    walk = Walk(tiny("llama"))
+    layers = {name.removeprefix(f"{walk.prefix}.0."): module for name, module in walk.of_block(0).items()}
+    block, call = walk.blocks[0], walk.calls[0]
+    noise = torch.randn(walk.hidden.shape, generator=torch.Generator().manual_seed(0)) * walk.hidden.std()
+    streams = {r: walk.hidden + noise * 0.1 / r for r in (8, 6, 4, 2)}
+    with torch.no_grad():
+        goal = call(block, walk.hidden)
+    weights = {name: get_weight(module) for name, module in layers.items()}
+    starts = {name: on_grid(w, make_grid(8, 16, False), "round") for name, w in weights.items()}
+    samples, _ = split(len(goal))
+
+    clippings = {name: Clipping(start, weights[name], (), 2) for name, start in starts.items()}
+    output = {r: call.with_weights(block, {f"{n}.weight": c.read(weights[n], r) for n, c in clippings.items()}, streams[r][samples]) for r in streams}
+    error = lambda got, want: ((got - want).square().sum(-1) / goal[samples].square().sum(-1)).sum()  # noqa: E731
+    loss = torch.zeros(())
+    for r in lam:
+        if r in teachers:
+            loss = loss + lam[r] * error(output[r], output[teachers[r]].detach())
+        if r not in teachers or not alone:
+            loss = loss + lam[r] * error(output[r], goal[samples])
+    want = torch.autograd.grad(loss, [p for c in clippings.values() for p in (c.gamma, c.beta)])
+
+    got: list[Tensor] = []
+
+    class Recorded(torch.optim.AdamW):
+        def step(self, closure: None = None) -> None:
+            got.extend(p.grad.clone() for p in self.param_groups[0]["params"] if not got[len(want) :])
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    Learner(Trainer(block, call, layers, streams, goal), weights, starts, recipe).learn([])
+    for theirs, ours in zip(want, got[: len(want)], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_a_run_with_a_teacher_that_is_no_target(tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
+    taught = replace(omniquant, teachers={2: 6}, targets={3: 1.0, 2: 1.0}, refit_bits=0)
+    quantize(str(tiny("llama")), tmp_path / "out", taught, RunOptions())
+    quantize(str(tiny("llama")), tmp_path / "plain", replace(taught, teachers={}), RunOptions())
+    assert verify(tmp_path / "out") == [] and sums(tmp_path / "out") != sums(tmp_path / "plain")
+
+
 def test_without_transforms_norms_stay(tiny: Tiny, omniquant: Recipe, tmp_path: Path) -> None:
     report = quantize(str(tiny("llama")), tmp_path / "out", replace(omniquant, transform=False), RunOptions())
     tensors, before = (dict(models.SafetensorsFiles(sorted(folder.glob("*.safetensors")))) for folder in (tmp_path / "out", tiny("llama")))
@@ -220,6 +274,8 @@ def test_a_block_that_got_worse_is_learned_again_at_lower_rates(tiny: Tiny, omni
     assert notes[1].startswith("clipping learned at 0.25 of the rates, 3 transforms; loss on sequences held out, of the loss before: ")
 
 
-def test_overlap_is_refused() -> None:
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(RecipeError, match="teachers has 2:0, but method omniquant learns from the original anyway; name a wider width"):
+        Recipe(method="omniquant", teachers={2: 0})
     with pytest.raises(RecipeError, match="method omniquant trains no overlapping residuals; switch overlap off"):
         Recipe(method="omniquant", overlap=True)

@@ -94,7 +94,7 @@ def trained_tokens(recipe: Recipe) -> int:
     widths = 1 if recipe.random_width else len(recipe.targets)
     of_method = {
         "block": 3 * recipe.refine_steps * max(recipe.refine_tokens, recipe.seq_len) * sum(r <= HIGH for r in (*recipe.targets, *reads)),
-        "omniquant": 3 * recipe.epochs * recipe.num_samples * recipe.seq_len * len(recipe.targets),
+        "omniquant": recipe.epochs * recipe.num_samples * recipe.seq_len * (3 * len(recipe.targets) + len(recipe.teachers)),
         "qat": recipe.train_tokens * (3 * widths + (ORIGINAL in recipe.teachers.values())),
     }
     return of_method.get(recipe.method, 0) + 4 * recipe.finetune_reads * len(reads)

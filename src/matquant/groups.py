@@ -121,7 +121,8 @@ class BlockState:
         assert self.call is not None and self.original is not None
         recipe = self.recipe
         inputs_of = {**self.streams, ORIGINAL: self.original}
-        streams = {r: inputs_of[recipe.stream_of(r)][: len(self.original)] for r in {*recipe.targets, *recipe.layout.refit_widths}}
+        widths = {*recipe.targets, *recipe.layout.refit_widths, *recipe.teachers.values()}
+        streams = {r: inputs_of[recipe.stream_of(r)][: len(self.original)] for r in widths}
         layers = {self._local(name): layer for name, layer in self.layers.items()}
         goal, dtype = self.streams[ORIGINAL][: len(self.original)], getattr(torch, recipe.refine_dtype)
         together = self.call.takes_many(self.block, self.original)

@@ -1,6 +1,6 @@
 """OmniQuant (https://arxiv.org/abs/2308.13137): learn how far each group's range is clipped, and how inputs and weights share their scale.
 
-    min over gamma, beta, s, delta   sum_r lambda_r L_r            L_r: error of the block's output at width r (refine.py)
+    min over gamma, beta, s, delta   sum_r lambda_r L_r            L_r: error of the block's output at width r (refine.py) [+ the same from a teacher's]
 
     clipping        low = sigmoid(beta) min W', high = sigmoid(gamma) max W',  scale = (high - low) / (2^c - 1),  zero = round(-low / scale)
     transform       (X - delta) / s,  W' = W diag(s),  b' = b + W delta            the same output from other inputs and weights
@@ -32,7 +32,7 @@ from matquant.activations import Call
 from matquant.codes import Grid, Slicing, levels, nearest_code
 from matquant.fake import fake_read, rounded, snapped
 from matquant.recipe import Recipe, decayed
-from matquant.refine import Trainer, held_out, split
+from matquant.refine import Trainer, changed, held_out, split, words_of
 from matquant.trainable import Reads, zero_of
 from matquant.weight import NestedWeight
 
@@ -220,8 +220,8 @@ class Learner:
                 continue
             rows, others, found = self._end(clippings, transforms)
             after = held_out(trainer, found, recipe, others)
-            change = {r: after[r] / before[r] if before[r] > 0 else 1.0 for r in before}
-            told = ", ".join(f"{bits} bits {value:.3f}" for bits, value in change.items())
+            change = changed(before, after)
+            told = words_of(change)
             if sum(lam[r] * after[r] for r in lam) <= sum(lam[r] * before[r] for r in lam):
                 places = f", {len(folds)} transforms" if folds else ""
                 words = f"clipping learned{slower}{places}; loss on sequences held out, of the loss before: {told}"
@@ -283,13 +283,23 @@ class Learner:
         return True
 
     def _backward(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform], bits: int, weight: float, chosen: list[int]) -> bool:
-        trainer = self.trainer
+        trainer, recipe = self.trainer, self.recipe
+        teacher = recipe.teachers.get(bits)
         for part in [chosen] if trainer.together else [[sample] for sample in chosen]:
             with torch.enable_grad(), torch.autocast(trainer.goal.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-                rows, others = self._parameters(transforms)
-                reads = {f"{name}.weight": models.held_as(trainer.layers[name], c.read(rows[name], bits)) for name, c in clippings.items()}
-                loss = trainer.loss_with({**reads, **others}, bits, part) * weight
+                output = trainer.output(self._reads(clippings, transforms, bits), bits, part)
+                loss = output.new_zeros(()) if teacher is not None and recipe.teachers_only else trainer.error(output, part)
+                if teacher is not None:
+                    with torch.no_grad():
+                        taught = trainer.output(self._reads(clippings, transforms, teacher), teacher, part)
+                    loss = loss + trainer.error(output, part, taught)
+                loss = loss * weight
             if not loss < float("inf"):
                 return False
             loss.backward()
         return True
+
+    def _reads(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform], bits: int) -> Parameters:
+        """All parameters of the block that change, as they are read at a width."""
+        rows, others = self._parameters(transforms)
+        return {**{f"{name}.weight": models.held_as(self.trainer.layers[name], c.read(rows[name], bits)) for name, c in clippings.items()}, **others}

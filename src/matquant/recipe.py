@@ -102,9 +102,12 @@ class Recipe:
     decay: Decay = _help("learning rates after that: cosine (to 0) or constant (methods qat, omniquant)", default="cosine")
     weight_decay: float = _help("of AdamW, for weights (method qat)", default=0.0)
     teachers: Mapping[int, int] = _help(
-        "widths that learn from another, for instance 2:8,4:8; from 0 = the original model (method qat)", default_factory=dict[int, int]
+        "widths that learn from another, for instance 2:8,4:8; with method qat also from 0 = the original model (methods qat, omniquant)",
+        default_factory=dict[int, int],
     )
-    teachers_only: bool = _help("a width with a teacher learns from it alone, not from the next token too (method qat)", default=False)
+    teachers_only: bool = _help(
+        "a width with a teacher learns from it alone, not from the next token or the original block too (methods qat, omniquant)", default=False
+    )
     divergence: Divergence = _help("distance to a teacher's predictions: kl, reverse-kl or mse of logits (method qat)", default="kl")
     temperature: float = _help("of both predictions in that distance (method qat)", default=1.0)
     balance_gradients: bool = _help("targets weigh the widths' gradients instead of their losses (method qat)", default=False)
@@ -204,7 +207,10 @@ class Recipe:
         for width, teacher in self.teachers.items():
             if width not in self.targets:
                 raise RecipeError(f"teachers names {width} bits, which is no target; {choices(width, self.targets)}")
-            if teacher != ORIGINAL:
+            if teacher == ORIGINAL:
+                if self.method == "omniquant":
+                    raise RecipeError(f"teachers has {width}:{ORIGINAL}, but method omniquant learns from the original anyway; name a wider width")
+            else:
                 check_rule(teacher, self.grid, self.slicing)
                 if teacher <= width:
                     raise RecipeError(f"{teacher} bits cannot teach {width} bits; a teacher is wider, or {ORIGINAL} for the original model")

@@ -76,11 +76,20 @@ class Trainer:
 
     def loss_with(self, parameters: Mapping[str, Tensor], bits: int, samples: Sequence[int]) -> Tensor:
         """The same, whichever of the block's parameters are given, by their names."""
-        output = self.call.with_weights(self.block, parameters, self.streams[bits][samples])
+        return self.error(self.output(parameters, bits, samples), samples)
+
+    def output(self, parameters: Mapping[str, Tensor], bits: int, samples: Sequence[int]) -> Float[Tensor, "some length hidden"]:
+        """What the block makes of its inputs at a width; in float32."""
+        return self.call.with_weights(self.block, parameters, self.streams[bits][samples]).float()
+
+    def error(
+        self, output: Float[Tensor, "some length hidden"], samples: Sequence[int], teacher: Float[Tensor, "some length hidden"] | None = None
+    ) -> Tensor:
+        """Squared error, summed over the tokens of `samples`, of the block's output: from the original's, or a teacher's instead."""
         goal = self.goal[samples].float().to(output.device)
-        error = (output.float() - goal).square().sum(-1)
         power = goal.square().sum(-1)
-        return (error / (power + 1e-9 * power.mean() + 1e-30) ** self.power).sum()
+        squares = (output - (goal if teacher is None else teacher)).square().sum(-1)
+        return (squares / (power + 1e-9 * power.mean() + 1e-30) ** self.power).sum()
 
     def held(self, weights: Mapping[str, NestedWeight], bits: int, samples: Sequence[int], others: Mapping[str, Tensor] = NONE) -> float:
         """The same of weights as they are read, without gradients, a sequence at a time. others: more of the block's parameters, by name."""
@@ -138,9 +147,9 @@ def refine(trainer: Trainer, weights: Mapping[str, NestedWeight], repair: Repair
             notes.append(f"block refinement with reach {reach:g} diverged")
             continue
         after = held_out(trainer, found, recipe)
-        change = {r: after[r] / before[r] if before[r] > 0 else 1.0 for r in before}
+        change = changed(before, after)
         worse = [r for r, value in change.items() if not value <= 1]
-        told = ", ".join(f"{bits} bits {value:.3f}" for bits, value in change.items())
+        told = words_of(change)
         if not worse:
             words = f"block refined with reach {reach:g}" if reach else "only reads of the block refined"
             return Refined(found, change, (*notes, f"{words}; loss on sequences held out, of the loss before: {told}"))
@@ -153,6 +162,16 @@ def held_out(trainer: Trainer, weights: Mapping[str, NestedWeight], recipe: Reci
     """Loss of every target on the sequences held out. others: as in `Trainer.held`."""
     _, samples = split(len(trainer.goal))
     return {r: trainer.held(weights, r, samples, others) for r in recipe.targets}
+
+
+def changed(before: Mapping[int, float], after: Mapping[int, float]) -> dict[int, float]:
+    """Loss of every target after training, over that before."""
+    return {r: after[r] / before[r] if before[r] > 0 else 1.0 for r in before}
+
+
+def words_of(change: Mapping[int, float]) -> str:
+    """`changed`, as notes tell it."""
+    return ", ".join(f"{bits} bits {value:.3f}" for bits, value in change.items())
 
 
 @dataclass(frozen=True)
