@@ -121,23 +121,33 @@ def test_errors_count_over_a_power_of_the_tokens_power(exponent: float) -> None:
     reads = {f"{name}.weight": weight.read(2).dense() for name, weight in weights.items()}
     output = torch.cat([trainer.call.with_weights(trainer.block, reads, x[None]) for x in trainer.streams[2]])
     expected = sum(
-        float((y - goal).double().square().sum() / goal.double().square().sum() ** exponent)
+        float((y - goal).double().square().sum() / max(goal.double().square().sum(), y.double().square().sum()) ** exponent)
         for ys, goals in zip(output, trainer.goal, strict=True)
         for y, goal in zip(ys, goals, strict=True)
     )
     assert replace(trainer, power=exponent).held(weights, 2, list(range(len(output)))) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_loss_counts_every_token_alike() -> None:
+@pytest.mark.parametrize("louder", ["goal", "output"])
+def test_the_loss_counts_every_token_alike(louder: str) -> None:
+    """One that should have a huge norm and has not, or has and should not, is wrong by itself, once, and hides no other."""
     trainer, weights = setting()
-    loud = replace(trainer, streams={2: trainer.streams[2].clone()}, goal=trainer.goal.clone())
-    reads = {name: weight.read(2).dense() for name, weight in weights.items()}
+    reads = {f"{name}.weight": weight.read(2).dense() for name, weight in weights.items()}
     samples = list(range(len(trainer.goal)))
-    output = torch.stack([trainer.call.with_weights(trainer.block, {f"{n}.weight": w for n, w in reads.items()}, x) for x in trainer.streams[2]])
-    error, power = (output - trainer.goal).double().square().sum(-1), trainer.goal.double().square().sum(-1)
-    assert trainer.held(weights, 2, samples) == pytest.approx((error / power).sum().item(), rel=1e-3)
-    loud.goal[:, 0] *= 1e3  # such a token is wrong by itself, once, and hides no other
-    assert loud.held(weights, 2, samples) == pytest.approx((error / power)[:, 1:].sum().item() + len(samples), rel=0.05)
+    output, goal = trainer.output(reads, 2, samples), trainer.goal.clone()
+    power = torch.maximum(output.double().square().sum(-1), goal.double().square().sum(-1))
+    quotients = (output - goal).double().square().sum(-1) / power
+    assert trainer.held(weights, 2, samples) == pytest.approx(quotients.sum().item(), rel=1e-3)
+    (goal if louder == "goal" else output)[:, 0] *= 1e3
+    loss = replace(trainer, goal=goal).error(output, samples)
+    assert loss.item() == pytest.approx(quotients[:, 1:].sum().item() + len(samples), rel=0.05)
+
+
+def test_what_errors_count_over_gets_no_gradient() -> None:
+    trainer, _ = setting()
+    output = (trainer.goal[:2] * 3).requires_grad_()
+    (got,) = torch.autograd.grad(trainer.error(output, [0, 1]), output)
+    torch.testing.assert_close(got, 2 * (output - trainer.goal[:2]) / output.square().sum(-1, keepdim=True))
 
 
 def test_one_sequence_at_a_time_trains_as_several_do() -> None:

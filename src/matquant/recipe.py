@@ -117,7 +117,8 @@ class Recipe:
     transform: bool = _help("learn scales and shifts of inputs that their makers take over (method omniquant)", default=True)
     transform_rate: float = _help("learning rate of these (method omniquant)", default=0.005)
     token_power: float = _help(
-        "in the training of blocks each token's error counts over its power to this: 1 = as a share of it, 0 = as it is, as in the papers",
+        "in the training of blocks each token's error counts over its power (the original's or its own, whichever is larger) to this: "
+        "1 = as a share of it, 0 = as it is, as in the papers",
         default=1.0,
     )
     damping: float = _help("added to the diagonal of H, as a share of its mean", default=0.01)

@@ -1,11 +1,12 @@
 """Block refinement: move integers by gradients until a quantized block gives what the original block gives on the original's inputs.
 
-    min over q, k, u   sum over tokens   |block_r(x_r) - block(x)|^2 / |block(x)|^2            for r = the targets up to 4 bits
+    min over q, k, u   sum over tokens   |y_r - y|^2 / max(|y|, |y_r|)^2      y_r = block_r(x_r), y = block(x),      for r = the targets up to 4 bits
 
 GPTQ looks at one layer at a time. Here all layers of a block are trained at once (EfficientQAT's Block-AP,
 https://arxiv.org/abs/2407.11062), each width fed from its own stream, through latents behind the codes that may move a little
 (latent.py). Every token counts alike: without the quotient the first token, whose power is 10^4 times the others' in many
-models (https://arxiv.org/abs/2402.17762), would be all that counts.
+models (https://arxiv.org/abs/2402.17762), would be all that counts. Over the original's power alone it would be a token that gets such a power
+where it should not: by that measure it is 10^4 times as wrong as one that should and does not. The quotient gets no gradient.
 
 Widths fight over the shared code: trained together, each flips codes that the others had placed well. So they take turns, from
 coarse to fine, and what is trained is frozen before the next:
@@ -57,7 +58,7 @@ class Trainer:
     """One block in training. layers: name in the block -> its module. streams: width -> inputs; goal: the original's outputs.
 
     together: whether one call may hold several sequences. dtype: what the block computes in while it is trained. power: a token's error
-    counts over its own power to this. Each of several processes has sequences of its own; losses and gradients are of all.
+    counts over its power, the original's or the read one's, whichever is larger, to this. Each of several processes has sequences of its own; losses and gradients are of all.
     """
 
     block: nn.Module
@@ -87,7 +88,7 @@ class Trainer:
     ) -> Tensor:
         """Squared error, summed over the tokens of `samples`, of the block's output: from the original's, or a teacher's instead."""
         goal = self.goal[samples].float().to(output.device)
-        power = goal.square().sum(-1)
+        power = torch.maximum(goal.square().sum(-1), output.detach().square().sum(-1))
         squares = (output - (goal if teacher is None else teacher)).square().sum(-1)
         return (squares / (power + 1e-9 * power.mean() + 1e-30) ** self.power).sum()
 
