@@ -40,11 +40,14 @@ def _groups(size: int) -> str:
 
 def _training(setting: dict[str, Any], names: Iterable[str]) -> str:
     """What each base algorithm that is there was given to train on."""
-    words = ""
+    words, steps = "", setting["tokens"] // setting.get("batch_tokens", Recipe().batch_tokens)
+    trained = f"{setting['tokens']} tokens of {setting['train_text']}"
     if any(name.startswith("omniquant") for name in names):
         words += f", {setting.get('epochs', Recipe().epochs)} rounds over these by OmniQuant"
-    if any(name.startswith("qat") or name.endswith(TUNED) for name in names):
-        words += f", trained on {setting['tokens']} tokens of {setting['train_text']} (of each width whose reads are tuned)"
+    if any(name.startswith("qat") for name in names):
+        words += f", {steps} steps of QAT on {trained}, each passed once for every target"
+    if any(name.endswith(TUNED) for name in names):
+        words += f", trained on {trained} (of each width whose reads are tuned)"
     return words
 
 
