@@ -3,8 +3,8 @@
     python benchmarks/learned.py MODEL --name WORDS --out results.json --group-size 64 --calibration FILE --train FILE --text FILE [--text FILE ...]
         [--tokens 1000000] [--eval-samples 16] [--seq-len 512] [--seeds 0 1 2] [--only NAME ...] [--widths 8 6 4 3 2]
 
-A run that is killed goes on where it was: what it has done lies beside --out until its rows are written. Several processes may share --out if
-each has variants, or with --widths runs of dedicated variants, of its own; which of these ends last writes the rows.
+A run that is killed goes on where it was: what it has done lies beside --out until its rows are written, all of them. Several processes may share --out
+if each has variants, or with --widths runs of dedicated variants, of its own; rows are then of the widths that are done.
 
 Variants are the rows of VARIANTS: MatQuant on two base algorithms and what it compares with, and our post-training methods, alone and with their
 reads tuned. A variant and seed that is already in the output file is not run again. A width's baseline is a run whose parent has that width.
@@ -196,9 +196,9 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.only:
             variant, key = VARIANTS[name], f"{name}/{seed}"
-            if key in result["runs"]:
-                continue
             folder = options.out.with_suffix(".work") / f"{name}-{seed}"
+            if key in result["runs"] and not folder.exists():
+                continue
             wanted = recipes(variant, common | {"seed": seed}, options.tokens)
             places = [folder / recipe.hash[:12] for recipe in wanted]
             try:
@@ -209,16 +209,16 @@ def main() -> None:
             except MatquantError as error:
                 print(f"{key}: {error}; its work is kept in {folder}", flush=True)
                 continue
-            if not all((place / DONE).exists() for place in places):
-                continue
-            rows = [row for place in places for row in json.loads((place / DONE).read_text())]
+            done = [place for place in places if (place / DONE).exists()]
+            rows = [row for place in done for row in json.loads((place / DONE).read_text())]
             written = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}  # another process may have added to it
             about = machine() | ({} if options.device == "cpu" else {"device": torch.cuda.get_device_name(options.device)})
             entry = {"words": variant.words, "command": command(), "machine": about, "settings": variant.settings, "rows": rows}
             result["runs"] = {**written, key: entry}
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
+            if len(done) == len(places):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
