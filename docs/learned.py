@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from tables import MEASURES, Values, collect, counts, load, name_of, ratios, table, thousandths
+from tables import MEASURES, Values, collect, counts, load, markdown, name_of, ratios, table, thousandths
 
 from matquant.recipe import Recipe
 
@@ -27,11 +27,28 @@ def learned(model: str) -> str:
     for text in texts:
         parts += [f"{title}, {name_of(text)}:\n\n{table(runs, order, text, key, words)}" for title, key, words in MEASURES]
     parts.append(f"bits per weight, metadata included:\n\n{table(runs, order, texts[0], 'bits_per_weight', thousandths)}")
+    parts += _overflow(stored)
     compared = {f"{base}-baseline": [f"{base}-{member}" for member in FAMILY] for base in BASES}
     for base, others in (compared | {name: [name + TUNED] for name in OURS}).items():
         if base in runs:
             parts.append(f"KL over that of {runs[base][0]}:\n\n{ratios(runs, others, base, texts)}")
     return "\n".join(parts)
+
+
+def _overflow(stored: dict[str, Any]) -> list[str]:
+    """Bits a code of Extra Precision, as published and where it is said which codes overflow; of the first seed."""
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for run in stored["runs"].values():
+        costs = {row["bits"]: tuple(row["overflow"]) for row in run["rows"] if row["overflow"]}
+        found |= {run["words"]: found.get(run["words"], costs)} if costs else {}
+    widths = sorted({bits for costs in found.values() for bits in costs}, reverse=True)
+    rows = [
+        [f"{words}, {kind}", *(thousandths(of(bits, *costs[bits])) for bits in widths)]
+        for words, costs in found.items()
+        for kind, of in (("as published", lambda bits, share, _: bits + share), ("stored sparsely", lambda bits, _, sparse: sparse))
+    ]
+    told = "bits a code, metadata aside; as published, a bit for each that overflows and none for where it is (the table above: read from planes)"
+    return [f"{told}:\n\n{markdown(['', *map(str, widths)], rows)}"] if rows else []
 
 
 def _groups(size: int) -> str:
