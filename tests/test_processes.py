@@ -47,8 +47,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("llama", {"num_samples": 5, "stream_samples": 3}),  # shares of 3 and 2; of these, 2 and 1 have streams
     "block": (
         "gpt2",
-        {"method": "block", "parent_bits": 8, "bits": (8, 4, 2), "targets": {8: 0.1, 4: 0.5, 2: 1.0}, "refine_steps": 4, "num_samples": 8},
-    ),
+        {"method": "block", "parent_bits": 8, "bits": (8, 4, 2), "targets": {8: 0.1, 4: 0.5, 2: 1.0}, "refine_steps": 4, "num_samples": 16},
+    ),  # with half as many, the single sequence held out decides otherwise in one run than in the other
     "omniquant": ("llama", {"method": "omniquant", "epochs": 2, "num_samples": 6, "refine_tokens": 32}),
     "qat": ("llama", {"method": "qat", "train_tokens": BATCH * 4, "batch_tokens": BATCH, "finetune_reads": BATCH * 3}),
 }
@@ -68,7 +68,7 @@ def test_two_processes_make_what_one_makes(case: str, tiny: Tiny, recipe: Recipe
     for ours, theirs in zip(alone.rows, report["rows"], strict=True):
         assert theirs["perplexity"] == pytest.approx(ours.perplexity, rel=0.01)
     for ours, theirs in zip(alone.outputs, report["outputs"], strict=True):
-        assert theirs == pytest.approx({str(r): error for r, error in ours.items()}, rel=0.02 if case == "gptq" else 0.2)
+        assert theirs == pytest.approx({str(r): error for r, error in ours.items()}, rel={"gptq": 0.02, "block": 0.05}.get(case, 0.2))
     if case == "qat":
         losses = [[json.loads(line)["loss"] for line in (tmp_path / made / "training.jsonl").read_text().splitlines()] for made in ("alone", "out")]
         assert len(losses[0]) == 4
