@@ -6,7 +6,7 @@ GPTQ looks at one layer at a time. Here all layers of a block are trained at onc
 https://arxiv.org/abs/2407.11062), each width fed from its own stream, through latents behind the codes that may move a little
 (latent.py). Every token counts alike: without the quotient the first token, whose power is 10^4 times the others' in many
 models (https://arxiv.org/abs/2402.17762), would be all that counts. Over the original's power alone it would be a token that gets such a power
-where it should not: by that measure it is 10^4 times as wrong as one that should and does not. The quotient gets no gradient.
+where it should not: by that measure it is 10^4 times as wrong as one that should and does not. What errors are divided by gets no gradient.
 
 Widths fight over the shared code: trained together, each flips codes that the others had placed well. So they take turns, from
 coarse to fine, and what is trained is frozen before the next:
