@@ -8,7 +8,7 @@
 of all layers of a block at once, for all targets (MatQuant, https://arxiv.org/abs/2502.06786, section 3.2). Weights stay as they are but for
 rounding; both roundings pass gradients straight through (fake.py). Reads of narrow widths learn along (trainable.py).
 
-What we change: ranges may grow, up to `reach` times what the sigmoids give. The levels of a narrow read take less than the whole range (2 bits cut
+What we change: training begins at the grid given, not at .982 of the range; ranges may grow, up to `reach` times what the sigmoids give. The levels of a narrow read take less than the whole range (2 bits cut
 by rounding 192 of 255 steps), and a range that can only shrink would never put one on the largest weights, which carry most in many groups.
 Learning rates fall, unless `decay` is constant, as there.
 
@@ -133,15 +133,16 @@ class Clipping(nn.Module):
         """
         super().__init__()
         self.rule, self.dtype = (start.grid, start.slicing), start.scale.dtype
-        self.reach = reach(narrowest, start.grid, start.slicing)
         wg, scale, zero = w.reshape(*start.scale.shape, -1), start.scale.float(), zero_of(start)
         low, high = (-wg.amin(-1)).clamp(min=0), wg.amax(-1).clamp(min=0)
         if start.grid.symmetric:
             low = high = torch.maximum(low, high)
             zero = torch.full_like(scale, start.grid.max_code / 2)
-        top = torch.tensor(START).sigmoid().item()
-        shares = ((start.grid.max_code - zero) * scale / (high * self.reach), zero * scale / (low * self.reach))
-        gamma, beta = (share.nan_to_num(1.0, 1.0).clamp(1 - top, top).logit() for share in shares)
+        top = torch.tensor(START).sigmoid()
+        shares = [(part * scale / edge).nan_to_num(1.0, 1.0) for part, edge in ((start.grid.max_code - zero, high), (zero, low))]
+        # Ends of a grid may lie beyond the weights, by half a step from its rounded zero alone: what begins there is not cut.
+        self.reach_high, self.reach_low = ((share / top).clamp(min=reach(narrowest, start.grid, start.slicing)) for share in shares)
+        gamma, beta = ((share / reach).clamp(1 - top, top).logit() for share, reach in zip(shares, (self.reach_high, self.reach_low), strict=True))
         self.gamma, self.beta = nn.Parameter(gamma), nn.Parameter(beta)
         self.reads = Reads(start, widths)
 
@@ -150,7 +151,7 @@ class Clipping(nn.Module):
         grid = self.rule[0]
         wg = w.reshape(*self.gamma.shape, -1)
         lowest, highest = wg.min(-1).values, wg.max(-1).values  # not amin and amax, whose way back makes masks of all weights
-        low, high = lowest.clamp(max=0) * (self.beta.sigmoid() * self.reach), highest.clamp(min=0) * (self.gamma.sigmoid() * self.reach)
+        low, high = lowest.clamp(max=0) * (self.beta.sigmoid() * self.reach_low), highest.clamp(min=0) * (self.gamma.sigmoid() * self.reach_high)
         if grid.symmetric:
             scale = snapped(torch.maximum(high, -low) * (2 / grid.max_code), self.dtype)
             return scale, torch.full_like(scale, grid.center)
