@@ -16,7 +16,7 @@ from matquant.checkpoint import verify
 from matquant.codes import SLICINGS, Grid, Slicing, fit_grid, nearest_code, read_rule, slice_codes
 from matquant.errors import RecipeError
 from matquant.models import get_weight
-from matquant.omniquant import START, Clipping, Fold, Learner, find_folds, reach, transformed
+from matquant.omniquant import START, Clipping, Fold, Learner, Transform, find_folds, reach, transformed
 from matquant.pipeline import RunOptions, quantize
 from matquant.recipe import Decay, Recipe
 from matquant.refine import Trainer, split
@@ -91,7 +91,7 @@ def test_clipping_begins_at_the_grid_and_reads_as_its_integers(symmetric: bool, 
     w, weight = start(8, symmetric, slicing, 0.7)
     clipping = Clipping(weight, w, (2,), 2)
     for bits in (8, 4, 2):
-        assert torch.allclose(clipping.read(w, bits), clipping.frozen(w).read(bits).dense(), atol=1e-6)
+        assert torch.allclose(clipping.read(w, bits, clipping.grid(w)), clipping.frozen(w).read(bits).dense(), atol=1e-6)
     begins_at(weight, clipping.grid(w))
 
 
@@ -162,7 +162,7 @@ def test_gradients_of_gamma_and_beta_by_hand(slicing: Slicing, bits: int, shrink
         scale = sign * slope / 255
         now = low * sigma(clipping.beta)
         zero = now / s**2 * scale - (slope / s if parameter is clipping.beta else 0.0)
-        (got,) = torch.autograd.grad((clipping.read(w, bits)[0] * along).sum(), parameter)
+        (got,) = torch.autograd.grad((clipping.read(w, bits, clipping.grid(w))[0] * along).sum(), parameter)
         assert got.item() == pytest.approx(ds * scale + dz * zero, rel=2e-3, abs=1e-5)
 
 
@@ -214,15 +214,17 @@ def test_rates_fall_unless_told_otherwise(
     assert rates[:3] == [pytest.approx([rate * share for rate in first]) for share in shares]  # of the first block; an epoch is a step here
 
 
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("teachers", [{2: 8}, {2: 6}, {4: 8, 2: 4}])  # 6 bits are no target
-def test_gradients_with_teachers_by_hand(teachers: dict[int, int], alone: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step of a block: a teacher's output stands beside the original's, or in its place, and gets no gradient."""
+TEACHERS: list[dict[int, int]] = [{2: 8}, {2: 6}, {4: 8, 2: 4}]  # 6 bits are no target
+
+
+@pytest.mark.parametrize(("teachers", "alone"), [({}, False), *((t, alone) for t in TEACHERS for alone in (False, True))])
+@pytest.mark.parametrize("transform", [False, True])
+def test_gradients_of_a_step_by_hand(transform: bool, teachers: dict[int, int], alone: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of a block, one loss of all widths: a teacher's output stands beside the original's, or in its place, and gets no gradient."""
     lam = {8: 0.1, 4: 0.5, 2: 1.0}
     recipe = Recipe(method="omniquant", group_size=16, targets=lam, teachers=teachers, teachers_only=alone, slicing="round", refit_bits=0)
-    recipe = replace(recipe, normalize=False, transform=False, epochs=1, refine_tokens=10**6)
-    walk = Walk(tiny("llama"))
-    layers = {name.removeprefix(f"{walk.prefix}.0."): module for name, module in walk.of_block(0).items()}
+    recipe = replace(recipe, normalize=False, transform=transform, epochs=1, refine_tokens=10**6)
+    walk, layers, folds = folds_of(tiny("llama"), "llama")
     block, call = walk.blocks[0], walk.calls[0]
     noise = torch.randn(walk.hidden.shape, generator=torch.Generator().manual_seed(0)) * walk.hidden.std()
     streams = {r: walk.hidden + noise * 0.1 / r for r in (8, 6, 4, 2)}
@@ -233,7 +235,16 @@ def test_gradients_with_teachers_by_hand(teachers: dict[int, int], alone: bool, 
     samples, _ = split(len(goal))
 
     clippings = {name: Clipping(start, weights[name], (), 2) for name, start in starts.items()}
-    output = {r: call.with_weights(block, {f"{n}.weight": c.read(weights[n], r) for n, c in clippings.items()}, streams[r][samples]) for r in streams}
+    transforms = {f: Transform(models.layer_shape(layers[f.consumers[0]]).in_features, f.shift, torch.device("cpu")) for f in folds if transform}
+
+    def output_at(r: int) -> Tensor:
+        rows = transformed(block, layers, weights, {f: t.value() for f, t in transforms.items()})
+        for name, clipping in clippings.items():
+            w = rows[f"{name}.weight"]
+            rows[f"{name}.weight"] = clipping.read(w, r, clipping.grid(w))
+        return call.with_weights(block, rows, streams[r][samples])
+
+    output = {r: output_at(r) for r in streams}
     power = lambda got: torch.maximum(got.detach().square().sum(-1), goal[samples].square().sum(-1))  # noqa: E731
     error = lambda got, want: ((got - want).square().sum(-1) / power(got)).sum()  # noqa: E731
     loss = torch.zeros(())
@@ -242,17 +253,18 @@ def test_gradients_with_teachers_by_hand(teachers: dict[int, int], alone: bool, 
             loss = loss + lam[r] * error(output[r], output[teachers[r]].detach())
         if r not in teachers or not alone:
             loss = loss + lam[r] * error(output[r], goal[samples])
-    want = torch.autograd.grad(loss, [p for c in clippings.values() for p in (c.gamma, c.beta)])
+    learned = [*(p for c in clippings.values() for p in (c.gamma, c.beta)), *(t.a for t in transforms.values())]
+    want = torch.autograd.grad(loss, learned)
 
     got: list[Tensor] = []
 
     class Recorded(torch.optim.AdamW):
         def step(self, closure: None = None) -> None:
-            got.extend(p.grad.clone() for p in self.param_groups[0]["params"] if not got[len(want) :])
+            got.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
 
     monkeypatch.setattr(torch.optim, "AdamW", Recorded)
-    Learner(Trainer(block, call, layers, streams, goal), weights, starts, recipe).learn([])
-    for theirs, ours in zip(want, got[: len(want)], strict=True):
+    Learner(Trainer(block, call, layers, streams, goal), weights, starts, recipe).learn([fold.consumers for fold in folds])
+    for theirs, ours in zip(want, got[: len(want)], strict=True):  # of the first step
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 

@@ -88,6 +88,7 @@ def _same(block: nn.Module, call: Call, hidden: Tensor, want: Tensor, fold: Fold
 
 
 Parameters = dict[str, Tensor]  # by name in the block
+Grids = dict[str, tuple[Tensor, Tensor]]  # (scale, zero) by layer
 Transforms = Mapping[Fold, tuple[Tensor, Tensor]]  # fold -> (s, delta)
 
 
@@ -158,10 +159,10 @@ class Clipping(nn.Module):
         scale = snapped((high - low) / grid.max_code, self.dtype)
         return scale, rounded(-low / scale, 0, grid.max_code)
 
-    def read(self, w: Float[Tensor, "out in"], bits: int) -> Float[Tensor, "out in"]:
-        """W_r of weights w."""
+    def read(self, w: Float[Tensor, "out in"], bits: int, grid: Sequence[Float[Tensor, "out groups"]]) -> Float[Tensor, "out in"]:
+        """W_r of weights w on their `grid`."""
         own = self.reads.rounded(bits) if bits in self.reads.widths else ()
-        return fake_read(w, *self.grid(w), bits, *self.rule, *own)
+        return fake_read(w, *grid, bits, *self.rule, *own)
 
     def frozen(self, w: Float[Tensor, "out in"]) -> NestedWeight:
         """What `read` reads, in integers."""
@@ -273,8 +274,8 @@ class Learner:
             order = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
             for step in range(steps):
                 chosen = order[step * count : (step + 1) * count]
-                finite = [self._backward(clippings, transforms, bits, weight, chosen) for bits, weight in lam.items()]
-                if trainer.world.total(not all(finite)):
+                finite = self._step(clippings, transforms, lam, chosen)
+                if trainer.world.total(not finite):
                     return False
                 for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                     parameter.grad = trainer.world.sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -283,24 +284,68 @@ class Learner:
                 optimizer.zero_grad()
         return True
 
-    def _backward(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform], bits: int, weight: float, chosen: list[int]) -> bool:
+    def _step(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform], lam: Mapping[int, float], chosen: list[int]) -> bool:
+        """Add the gradients of some sequences. False, with some of them, if a loss is not finite."""
+        with torch.enable_grad():
+            shared = _Shared.of(self.trainer, clippings, *self._parameters(transforms))
+        parts = [chosen] if self.trainer.together else [[sample] for sample in chosen]
+        if not all(self._backward(shared, lam, part) for part in parts):
+            return False
+        shared.backward()
+        return True
+
+    def _backward(self, reads: "_Shared", lam: Mapping[int, float], part: list[int]) -> bool:
+        """One width after another, so that one graph is held at a time."""
         trainer, recipe = self.trainer, self.recipe
-        teacher = recipe.teachers.get(bits)
-        for part in [chosen] if trainer.together else [[sample] for sample in chosen]:
+        made: dict[int, Tensor] = {}  # what teachers say of these sequences
+        for bits, weight in lam.items():
+            teacher = recipe.teachers.get(bits)
             with torch.enable_grad(), torch.autocast(trainer.goal.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-                output = trainer.output(self._reads(clippings, transforms, bits), bits, part)
+                output = trainer.output(reads.at(bits), bits, part)
                 loss = output.new_zeros(()) if teacher is not None and recipe.teachers_only else trainer.error(output, part)
                 if teacher is not None:
-                    with torch.no_grad():
-                        taught = trainer.output(self._reads(clippings, transforms, teacher), teacher, part)
-                    loss = loss + trainer.error(output, part, taught)
+                    if teacher not in made:
+                        with torch.no_grad():
+                            made[teacher] = trainer.output(reads.at(teacher), teacher, part)
+                    loss = loss + trainer.error(output, part, made[teacher])
                 loss = loss * weight
             if not loss < float("inf"):
                 return False
             loss.backward()
+            if bits in recipe.teachers.values():
+                made[bits] = output.detach()
         return True
 
-    def _reads(self, clippings: Mapping[str, Clipping], transforms: Mapping[Fold, Transform], bits: int) -> Parameters:
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the reads of all widths are made of in one step: made once, its gradients summed before they go back through the making.
+
+    made: rows of the layers, other parameters of the block, grids of the layers. leaves: the same, cut off.
+    """
+
+    trainer: Trainer
+    clippings: Mapping[str, Clipping]
+    made: tuple[Parameters, Parameters, Grids]
+    leaves: tuple[Parameters, Parameters, Grids]
+
+    @staticmethod
+    def of(trainer: Trainer, clippings: Mapping[str, Clipping], rows: Parameters, others: Parameters) -> "_Shared":
+        cut = lambda t: t.detach().requires_grad_(t.requires_grad)  # noqa: E731
+        grids = {name: clipping.grid(rows[name]) for name, clipping in clippings.items()}
+        ends = {name: (cut(scale), cut(zero)) for name, (scale, zero) in grids.items()}
+        leaves = {name: cut(w) for name, w in rows.items()}, {name: cut(p) for name, p in others.items()}, ends
+        return _Shared(trainer, clippings, (rows, others, grids), leaves)
+
+    def at(self, bits: int) -> Parameters:
         """All parameters of the block that change, as they are read at a width."""
-        rows, others = self._parameters(transforms)
-        return {**{f"{name}.weight": models.held_as(self.trainer.layers[name], c.read(rows[name], bits)) for name, c in clippings.items()}, **others}
+        rows, others, grids = self.leaves
+        reads = {name: clipping.read(rows[name], bits, grids[name]) for name, clipping in self.clippings.items()}
+        return {**{f"{name}.weight": w for name, w in self.trainer.weights_of(reads).items()}, **others}
+
+    def backward(self) -> None:
+        """From the gradients of the leaves to those of what is learned."""
+        flat = lambda parts: [*parts[0].values(), *parts[1].values(), *(t for grid in parts[2].values() for t in grid)]  # noqa: E731
+        pairs = [(made, leaf.grad) for made, leaf in zip(flat(self.made), flat(self.leaves), strict=True) if leaf.grad is not None]
+        if pairs:
+            torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
