@@ -60,8 +60,9 @@ def test_more_work_costs_more(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> No
         assert of(replace(gptq, method=method)).seconds > of(replace(gptq, method="minmax")).seconds
         assert of(replace(gptq, method=method, finetune_reads=100_000)).seconds > of(replace(gptq, method=method)).seconds
     omniquant = replace(gptq, method="omniquant")
-    assert of(replace(omniquant, teachers={2: 8})).seconds > of(omniquant).seconds
     qat = replace(gptq, method="qat")
+    for learned in (omniquant, qat):  # a teacher that is a target runs anyway
+        assert of(replace(learned, teachers={2: 7})).seconds > of(replace(learned, teachers={2: 8})).seconds == of(learned).seconds
     assert of(replace(qat, teachers={2: 0})).seconds > of(qat).seconds > of(replace(qat, random_width=True)).seconds
     assert of(replace(gptq, num_samples=64)).memory_bytes > of(gptq).memory_bytes > of(text).memory_bytes
     assert of(text, "mixtral").memory_bytes > of(text).memory_bytes

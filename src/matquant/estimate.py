@@ -14,7 +14,7 @@ from torch import Tensor
 from matquant.codes import CodeChooser
 from matquant.models import Layers, Source, own_tensors
 from matquant.plan import Table
-from matquant.recipe import ORIGINAL, Recipe
+from matquant.recipe import Recipe
 from matquant.residual import HIGH
 
 TOUCHES_PER_CANDIDATE = 8  # elementwise passes over [rows, candidates] in CodeChooser.choose, and about as many for the feedback
@@ -89,13 +89,14 @@ def _seconds(layers: Layers, recipe: Recipe, weights: int) -> float:
 
 
 def trained_tokens(recipe: Recipe) -> int:
-    """Passes of all trainings, in tokens that go forward once: a backward pass is two, and a teacher's pass one more."""
+    """Passes of all trainings, in tokens that go forward once: a backward pass is two, and that of a teacher which is not trained itself one more."""
     reads = recipe.layout.refit_widths
     widths = 1 if recipe.random_width else len(recipe.targets)
+    taught = len(set(recipe.teachers.values()) - (set() if recipe.random_width else set(recipe.targets)))
     of_method = {
         "block": 3 * recipe.refine_steps * max(recipe.refine_tokens, recipe.seq_len) * sum(r <= HIGH for r in (*recipe.targets, *reads)),
-        "omniquant": recipe.epochs * recipe.num_samples * recipe.seq_len * (3 * len(recipe.targets) + len(recipe.teachers)),
-        "qat": recipe.train_tokens * (3 * widths + (ORIGINAL in recipe.teachers.values())),
+        "omniquant": recipe.epochs * recipe.num_samples * recipe.seq_len * (3 * len(recipe.targets) + taught),
+        "qat": recipe.train_tokens * (3 * widths + taught),
     }
     return of_method.get(recipe.method, 0) + 4 * recipe.finetune_reads * len(reads)
 

@@ -295,10 +295,10 @@ class Learner:
         return True
 
     def _backward(self, reads: "_Shared", lam: Mapping[int, float], part: list[int]) -> bool:
-        """One width after another, so that one graph is held at a time."""
+        """One width after another, so that one graph is held at a time, and the wide ones first, which may teach."""
         trainer, recipe = self.trainer, self.recipe
         made: dict[int, Tensor] = {}  # what teachers say of these sequences
-        for bits, weight in lam.items():
+        for bits, weight in sorted(lam.items(), reverse=True):
             teacher = recipe.teachers.get(bits)
             with torch.enable_grad(), torch.autocast(trainer.goal.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
                 output = trainer.output(reads.at(bits), bits, part)
