@@ -8,9 +8,9 @@
 of all layers of a block at once, for all targets (MatQuant, https://arxiv.org/abs/2502.06786, section 3.2). Weights stay as they are but for
 rounding; both roundings pass gradients straight through (fake.py). Reads of narrow widths learn along (trainable.py).
 
-What we change: training begins at the grid given, not at .982 of the range; ranges may grow, up to `reach` times what the sigmoids give. The levels of a narrow read take less than the whole range (2 bits cut
-by rounding 192 of 255 steps), and a range that can only shrink would never put one on the largest weights, which carry most in many groups.
-Learning rates fall, unless `decay` is constant, as there.
+What we change: training begins at the grid given, not at .982 of the range. Ranges may grow, up to `reach` times what the sigmoids give: the levels
+of a narrow read take less than the whole range (2 bits cut by rounding 192 of 255 steps), and a range that can only shrink would never put one
+on the largest weights, which carry most in many groups. Learning rates fall, unless `decay` is constant, as there.
 
 The transform costs nothing when the model runs, because what makes the inputs takes over the other half: a norm its weight over s and its
 bias minus delta over s, a linear layer its rows over s. Whether it can is not looked up but tried: where a random s, divided out, leaves the
@@ -143,7 +143,7 @@ class Clipping(nn.Module):
         shares = [(part * scale / edge).nan_to_num(1.0, 1.0) for part, edge in ((start.grid.max_code - zero, high), (zero, low))]
         # Ends of a grid may lie beyond the weights, by half a step from its rounded zero alone: what begins there is not cut.
         self.reach_high, self.reach_low = ((share / top).clamp(min=reach(narrowest, start.grid, start.slicing)) for share in shares)
-        gamma, beta = ((share / reach).clamp(1 - top, top).logit() for share, reach in zip(shares, (self.reach_high, self.reach_low), strict=True))
+        gamma, beta = ((share / most).clamp(1 - top, top).logit() for share, most in zip(shares, (self.reach_high, self.reach_low), strict=True))
         self.gamma, self.beta = nn.Parameter(gamma), nn.Parameter(beta)
         self.reads = Reads(start, widths)
 
