@@ -99,7 +99,7 @@ def test_clipping_begins_at_the_grid_and_reads_as_its_integers(symmetric: bool, 
 @pytest.mark.parametrize("slicing", SLICINGS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_clipping_of_whole_ranges_begins_at_them(symmetric: bool, slicing: Slicing, parent: int, narrowest: int) -> None:
-    """A sigmoid of .982 alone would cut off 4 of 255 steps before anything was learned: 8 bits were ten times as wrong as on the grid."""
+    """A sigmoid of .982 alone would cut off 4 of 255 steps before anything was learned: 8 bits were up to ten times as wrong as on the grid."""
     w, weight = start(parent, symmetric, slicing, 1.0)
     clipping = Clipping(weight, w, (), narrowest)
     begins_at(weight, clipping.grid(w))

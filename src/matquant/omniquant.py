@@ -185,6 +185,39 @@ class Transform(nn.Module):
 
 
 @dataclass(frozen=True)
+class _Shared:
+    """What the reads of all widths are made of in one step: made once, its gradients summed before they go back through the making.
+
+    made: rows of the layers, other parameters of the block, grids of the layers. leaves: the same, cut off.
+    """
+
+    trainer: Trainer
+    clippings: Mapping[str, Clipping]
+    made: tuple[Parameters, Parameters, Grids]
+    leaves: tuple[Parameters, Parameters, Grids]
+
+    @staticmethod
+    def of(trainer: Trainer, clippings: Mapping[str, Clipping], rows: Parameters, others: Parameters) -> "_Shared":
+        cut = lambda t: t.detach().requires_grad_(t.requires_grad)  # noqa: E731
+        grids = {name: clipping.grid(rows[name]) for name, clipping in clippings.items()}
+        ends = {name: (cut(scale), cut(zero)) for name, (scale, zero) in grids.items()}
+        leaves = {name: cut(w) for name, w in rows.items()}, {name: cut(p) for name, p in others.items()}, ends
+        return _Shared(trainer, clippings, (rows, others, grids), leaves)
+
+    def at(self, bits: int) -> Parameters:
+        """All parameters of the block that change, as they are read at a width."""
+        rows, others, grids = self.leaves
+        reads = {name: clipping.read(rows[name], bits, grids[name]) for name, clipping in self.clippings.items()}
+        return {**{f"{name}.weight": w for name, w in self.trainer.weights_of(reads).items()}, **others}
+
+    def backward(self) -> None:
+        """From the gradients of the leaves to those of what is learned."""
+        flat = lambda parts: [*parts[0].values(), *parts[1].values(), *(t for grid in parts[2].values() for t in grid)]  # noqa: E731
+        pairs = [(made, leaf.grad) for made, leaf in zip(flat(self.made), flat(self.leaves), strict=True) if leaf.grad is not None]
+        torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
+
+
+@dataclass(frozen=True)
 class Learned:
     """weights: by layer name in the block. goals: what they stand for. others: parameters that a transform changed, by name in the block.
 
@@ -294,7 +327,7 @@ class Learner:
         shared.backward()
         return True
 
-    def _backward(self, reads: "_Shared", lam: Mapping[int, float], part: list[int]) -> bool:
+    def _backward(self, reads: _Shared, lam: Mapping[int, float], part: list[int]) -> bool:
         """One width after another, so that one graph is held at a time, and the wide ones first, which may teach."""
         trainer, recipe = self.trainer, self.recipe
         made: dict[int, Tensor] = {}  # what teachers say of these sequences
@@ -315,37 +348,3 @@ class Learner:
             if bits in recipe.teachers.values():
                 made[bits] = output.detach()
         return True
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """What the reads of all widths are made of in one step: made once, its gradients summed before they go back through the making.
-
-    made: rows of the layers, other parameters of the block, grids of the layers. leaves: the same, cut off.
-    """
-
-    trainer: Trainer
-    clippings: Mapping[str, Clipping]
-    made: tuple[Parameters, Parameters, Grids]
-    leaves: tuple[Parameters, Parameters, Grids]
-
-    @staticmethod
-    def of(trainer: Trainer, clippings: Mapping[str, Clipping], rows: Parameters, others: Parameters) -> "_Shared":
-        cut = lambda t: t.detach().requires_grad_(t.requires_grad)  # noqa: E731
-        grids = {name: clipping.grid(rows[name]) for name, clipping in clippings.items()}
-        ends = {name: (cut(scale), cut(zero)) for name, (scale, zero) in grids.items()}
-        leaves = {name: cut(w) for name, w in rows.items()}, {name: cut(p) for name, p in others.items()}, ends
-        return _Shared(trainer, clippings, (rows, others, grids), leaves)
-
-    def at(self, bits: int) -> Parameters:
-        """All parameters of the block that change, as they are read at a width."""
-        rows, others, grids = self.leaves
-        reads = {name: clipping.read(rows[name], bits, grids[name]) for name, clipping in self.clippings.items()}
-        return {**{f"{name}.weight": w for name, w in self.trainer.weights_of(reads).items()}, **others}
-
-    def backward(self) -> None:
-        """From the gradients of the leaves to those of what is learned."""
-        flat = lambda parts: [*parts[0].values(), *parts[1].values(), *(t for grid in parts[2].values() for t in grid)]  # noqa: E731
-        pairs = [(made, leaf.grad) for made, leaf in zip(flat(self.made), flat(self.leaves), strict=True) if leaf.grad is not None]
-        if pairs:
-            torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
